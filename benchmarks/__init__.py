@@ -1,0 +1,1 @@
+"""Benchmarks of torch_elastic_mem: each prints a table and saves its readings. See README.md."""

@@ -1,0 +1,291 @@
+#include "arena/arena.hpp"
+
+#include <algorithm>
+#include <utility>
+
+#include "core/error.hpp"
+#include "core/sizes.hpp"
+
+namespace tem {
+namespace {
+
+constexpr double kLastFences = 5.0;  // seconds
+
+/// CUDA devices that have an open arena. Leaked: an arena may close while static destructors run.
+struct OpenDevices {
+  std::mutex mutex;
+  std::map<std::string, uint64_t> by_uuid;  // and the fork generation it was opened in
+};
+OpenDevices& open_devices() {
+  static auto* const devices = new OpenDevices;
+  return *devices;
+}
+
+void claim(const Capabilities& device) {
+  OpenDevices& devices = open_devices();
+  const std::lock_guard<std::mutex> guard(devices.mutex);
+  const auto found = devices.by_uuid.find(device.uuid);
+  if (found != devices.by_uuid.end() && found->second == fork_generation()) {
+    throw Error(Kind::kInUse, "device " + device.uuid + " (" + device.device +
+                                  ") has an open arena in this process; share it, or close it first");
+  }
+  devices.by_uuid[device.uuid] = fork_generation();
+}
+
+void unclaim(const Capabilities& device) {
+  OpenDevices& devices = open_devices();
+  const std::lock_guard<std::mutex> guard(devices.mutex);
+  devices.by_uuid.erase(device.uuid);
+}
+
+}  // namespace
+
+Options Arena::checked(Backend& backend, const Options& options) {
+  const MemoryInfo memory = backend.memory_info();
+  const size_t granularity = backend.capabilities().granularity;
+  if (options.capacity > memory.total) {
+    throw Error(Kind::kInvalid, "capacity " + format_bytes(options.capacity) +
+                                    " is more than the device has: " + backend.capabilities().device +
+                                    " has " + format_bytes(memory.total) + ", " + format_bytes(memory.free) +
+                                    " of it free");
+  }
+  if (options.capacity < granularity) {
+    throw Error(Kind::kInvalid, "capacity " + format_bytes(options.capacity) +
+                                    " is less than one extent of " + format_bytes(granularity));
+  }
+  if (options.reserve_high < options.reserve_low) {
+    throw Error(Kind::kInvalid, "reserve: the upper mark " + format_bytes(options.reserve_high) +
+                                    " is below the lower mark " + format_bytes(options.reserve_low));
+  }
+  if (options.reserve_high >= options.capacity) {
+    throw Error(Kind::kInvalid, "reserve " + format_bytes(options.reserve_high) +
+                                    " leaves nothing of capacity " + format_bytes(options.capacity));
+  }
+  return options;
+}
+
+Grant::~Grant() {
+  if (bytes_ == 0 || !arena_->device_->born.here()) return;
+  const Arena::Lock lock(arena_->mutex_);
+  arena_->give_back(account_, bytes_);
+  arena_->settle_spare();
+}
+
+std::shared_ptr<Arena> Arena::open(std::shared_ptr<Backend> backend, Options options) {
+  options = checked(*backend, options);
+  if (backend->capabilities().backend == "cuda") claim(backend->capabilities());
+  // In a forked child the other threads are gone and their locks may be held for ever: leave such an arena
+  // be.
+  std::shared_ptr<Arena> arena(new Arena(std::move(backend), options), [](Arena* self) {
+    if (self->device_->born.here()) delete self;
+  });
+  if (arena->spare_target() != 0) arena->start_worker();
+  return arena;
+}
+
+Arena::Arena(std::shared_ptr<Backend> backend, const Options& options)
+    : device_(std::make_shared<Device>(std::move(backend))),
+      ledger_(options.capacity, options.reserve_low),
+      mapper_(*device_),
+      reserve_high_(options.reserve_high) {
+  mapper_.set_budget(ledger_.leasable());
+}
+
+Arena::~Arena() {
+  stop_worker();
+  // Retired tenants hold extents whose fence has not passed. Their streams may never get there; then the
+  // memory stays with the process rather than going while the device may still touch it.
+  const Deadline deadline = deadline_in(kLastFences);
+  while (anything_pending() && Clock::now() < deadline)
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  for (Seat& seat : seats_) {
+    if (seat.tenant->idle().pending != 0) new std::shared_ptr<Tenant>(std::move(seat.tenant));
+  }
+  if (!closed_ && device().backend == "cuda") unclaim(device());
+}
+
+void Arena::close() {
+  device_->born.check("this arena");
+  {
+    const Lock lock(mutex_);
+    if (closed_) return;
+    if (!ledger_.accounts().empty()) {
+      throw Error(Kind::kInUse, "the arena has open accounts: " + ledger_.holders() +
+                                    "; close their tensors, then the accounts");
+    }
+    mapper_.shrink_spare(0);
+    closed_ = true;
+  }
+  stop_worker();
+  if (device().backend == "cuda") unclaim(device());
+}
+
+void Arena::require_open() const {
+  device_->born.check("this arena");
+  if (closed_) throw Error(Kind::kClosed, "the arena has been closed; open a new one");
+}
+
+Arena::Lock Arena::lock() {
+  device_->born.check("this arena");
+  Lock lock(mutex_);
+  require_open();
+  return lock;
+}
+
+AccountId Arena::open_account(const std::string& name, const Limits& limits) {
+  const Lock held = lock();
+  const AccountId id = ledger_.open(name, limits);
+  tallies_[id] = {};
+  return id;
+}
+
+void Arena::close_account(AccountId id) {
+  const Lock held = lock();
+  const std::string name = ledger_.at(id).name;
+  trim_idle(nullptr);
+  for (const Seat& seat : seats_) {
+    if (seat.account != id) continue;
+    throw Error(Kind::kInUse,
+                "account '" + name + "' still has " + seat.tenant->name() +
+                    (seat.retired ? ", closed but with a fence that has not passed; synchronize its stream"
+                                  : "; close it first"));
+  }
+  ledger_.close(id);
+  tallies_.erase(id);
+  reclaimers_.erase(
+      std::remove_if(reclaimers_.begin(), reclaimers_.end(), [&](const auto& r) { return r->account == id; }),
+      reclaimers_.end());
+  changed_.notify_all();
+}
+
+Holding Arena::account(AccountId id) {
+  const Lock held = lock();
+  return ledger_.at(id);
+}
+
+size_t Arena::room(AccountId id) {
+  const Lock held = lock();
+  return ledger_.room(id);
+}
+
+bool Arena::wait_for_room(AccountId id, size_t bytes, Deadline deadline) {
+  Lock held = lock();
+  return changed_.wait_until(held, deadline, [&] {
+    require_open();
+    return ledger_.room(id) >= bytes;
+  });
+}
+
+WriterId Arena::attach(std::shared_ptr<Tenant> tenant, AccountId account) {
+  const Lock held = lock();
+  (void)ledger_.at(account);
+  seats_.push_back({std::move(tenant), account});
+  return next_writer_++;
+}
+
+void Arena::retire(Tenant& tenant) noexcept {
+  if (!device_->born.here()) return;
+  const Lock held(mutex_);
+  for (Seat& seat : seats_) seat.retired = seat.retired || seat.tenant.get() == &tenant;
+  trim_idle(nullptr);
+  settle_spare();
+  if (anything_pending()) {
+    start_worker();
+    wake_worker();
+  }
+}
+
+std::optional<Grant> Arena::acquire_free(AccountId id, size_t bytes) {
+  const Lock held = lock();
+  if (!ledger_.grant(id, bytes)) return std::nullopt;
+  return Grant(shared_from_this(), id, bytes);
+}
+
+void Arena::map(const Lock&, Grant& grant, const std::vector<Place>& places, WriterId writer, Stream stream) {
+  size_t used = 0;
+  for (const Place& place : places) used += place.piece.bytes;
+  try {
+    mapper_.map(places, writer, stream);
+  } catch (const Error& error) {
+    if (error.kind() != Kind::kOutOfMemory) throw;
+    refuse(grant.account_, used,
+           std::string(
+               "the ledger granted it, the device has none left, so memory outside this arena fills it (") +
+               error.what() + "); lower the arena's capacity or raise its reserve");
+  }
+  const size_t rest = grant.bytes_ - used;
+  grant.bytes_ = 0;
+  if (rest != 0) give_back(grant.account_, rest);
+  settle_spare();
+}
+
+void Arena::give_back(AccountId id, size_t bytes) {
+  ledger_.give_back(id, bytes);
+  changed_.notify_all();
+}
+
+size_t Arena::spare_target() const { return reserve_high_ - ledger_.reserve(); }
+
+void Arena::release_excess() noexcept {
+  try {
+    mapper_.shrink_spare(spare_target());
+  } catch (const Error& error) {
+    note_fault(error);
+  }
+}
+
+void Arena::settle_spare() noexcept {
+  release_excess();
+  if (mapper_.spare().bytes() < spare_target()) wake_worker();
+}
+
+void Arena::note_fault(const Error& error) {
+  ++faults_;
+  last_fault_ = error.what();
+}
+
+size_t Arena::refill() {
+  size_t created = 0;
+  for (;;) {
+    // One extent a turn, so that a growth never waits for more than one create.
+    const Lock held = lock();
+    const size_t spare = mapper_.spare().bytes();
+    const size_t target = spare_target();
+    const size_t room =
+        std::min(target > spare ? target - spare : 0, ledger_.free() > spare ? ledger_.free() - spare : 0);
+    if (room < granularity()) return created;
+    const size_t size = std::min(kMaxExtent, floor_pow2(room));
+    mapper_.add_spare(size);
+    created += size;
+  }
+}
+
+ArenaState Arena::state() {
+  const Lock held = lock();
+  ArenaState state;
+  state.capacity = ledger_.capacity();
+  state.leased = ledger_.leased();
+  state.free = ledger_.free();
+  state.reserve_low = ledger_.reserve();
+  state.reserve_high = reserve_high_;
+  state.spare = mapper_.spare().bytes();
+  state.created = device_->created;
+  state.lost = device_->lost;
+  state.faults = faults_;
+  state.last_fault = last_fault_;
+  for (const auto& [id, holding] : ledger_.accounts()) {
+    const Tally& tally = tallies_.at(id);
+    AccountState account{holding, {}, tally.given, tally.taken, tally.yields, tally.denied};
+    for (const Seat& seat : seats_) {
+      if (seat.account != id) continue;
+      const Idle idle = seat.tenant->idle();
+      account.idle.ready += idle.ready;
+      account.idle.pending += idle.pending;
+      account.idle.kept += idle.kept;
+    }
+    state.accounts.push_back(std::move(account));
+  }
+  return state;
+}
+
+}  // namespace tem

@@ -1,0 +1,97 @@
+// The three owning handles: physical memory, addresses, and the one under the other. A growth that fails
+// half-way unwinds by going out of scope. Destructors cannot report; what a driver refuses to take back is
+// counted as lost.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <utility>
+
+#include "backend/backend.hpp"
+#include "core/fork.hpp"
+#include "ledger/ledger.hpp"
+
+namespace tem {
+
+/// What handles need of their arena: the device, and the tally of physical bytes. Whatever Python lets go
+/// last may outlive the arena, so reservations and marks keep it alive.
+struct Device : std::enable_shared_from_this<Device> {
+  explicit Device(std::shared_ptr<Backend> the_backend) : backend(std::move(the_backend)) {}
+
+  std::shared_ptr<Backend> backend;
+  std::atomic<size_t> created{0};  // bytes of physical memory held, mapped or not
+  std::atomic<size_t> lost{0};     // bytes that the driver refused to take back
+  BornHere born;
+};
+
+/// One physical allocation. Released when it goes.
+class Extent {
+ public:
+  Extent() = default;
+  Extent(Device& device, size_t bytes);
+  Extent(Extent&& other) noexcept;
+  Extent& operator=(Extent&& other) noexcept;
+  ~Extent();
+
+  size_t bytes() const { return bytes_; }
+  Handle handle() const { return handle_; }
+  explicit operator bool() const { return bytes_ != 0; }
+
+  /// The account that wrote to it last; kNobody for memory fresh from the device, which reads as zeros.
+  AccountId writer = kNobody;
+
+  /// Gives the memory back and reports what a destructor could not.
+  void release();
+  /// Forgets the memory without giving it back: the driver's state of it is unknown.
+  void abandon() noexcept;
+
+ private:
+  Device* device_ = nullptr;
+  Handle handle_ = 0;
+  size_t bytes_ = 0;
+};
+
+/// A range of addresses. Given back when it goes.
+class Reservation {
+ public:
+  Reservation(Device& device, size_t bytes, size_t alignment);
+  Reservation(const Reservation&) = delete;
+  Reservation& operator=(const Reservation&) = delete;
+  ~Reservation();
+
+  Address base() const { return base_; }
+  size_t bytes() const { return bytes_; }
+  bool contains(Address at) const { return at - base_ < bytes_; }
+
+ private:
+  std::shared_ptr<Device> device_;
+  size_t bytes_;
+  Address base_;
+};
+
+/// An extent at an address. Unmapped when it goes.
+class Mapping {
+ public:
+  /// Takes the extent only if the driver maps it.
+  Mapping(Device& device, Address at, Extent&& extent);
+  Mapping(Mapping&& other) noexcept;
+  Mapping& operator=(Mapping&&) = delete;
+  ~Mapping();
+
+  Address at() const { return at_; }
+  size_t bytes() const { return extent_.bytes(); }
+  AccountId writer() const { return extent_.writer; }
+  void set_writer(AccountId account) { extent_.writer = account; }
+
+  /// Unmaps and hands the extent out. A refusal leaves it mapped.
+  Extent unmap();
+  /// Maps an extent where unmap() left nothing. Takes it only if the driver maps it.
+  void remap(Extent&& extent);
+
+ private:
+  Device* device_;
+  Address at_;
+  Extent extent_;
+};
+
+}  // namespace tem

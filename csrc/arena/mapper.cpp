@@ -1,0 +1,109 @@
+#include "arena/mapper.hpp"
+
+#include <utility>
+
+#include "core/error.hpp"
+
+namespace tem {
+namespace {
+
+/// Calls `visit(address, bytes)` for every run of neighbouring places in `[0, n)` that `wanted(i)` holds for.
+template <class Wanted, class Visit>
+void for_each_run(const std::vector<Place>& places, Wanted wanted, Visit visit) {
+  size_t i = 0;
+  while (i < places.size()) {
+    if (!wanted(i)) {
+      ++i;
+      continue;
+    }
+    const Address at = places[i].at();
+    size_t bytes = 0;
+    while (i < places.size() && wanted(i) && places[i].at() == at + bytes) bytes += places[i++].piece.bytes;
+    visit(at, bytes);
+  }
+}
+
+}  // namespace
+
+Extent Mapper::create(size_t bytes) {
+  const size_t room = budget_ > bytes ? budget_ - bytes : 0;
+  if (device_.created > room) {
+    const size_t excess = device_.created - room;
+    spare_.shrink_to(spare_.bytes() > excess ? spare_.bytes() - excess : 0);
+  }
+  try {
+    return Extent(device_, bytes);
+  } catch (const Error& error) {
+    if (error.kind() != Kind::kOutOfMemory || spare_.bytes() == 0) throw;
+  }
+  // Others took memory outside the arena: what is spare here is all there is.
+  spare_.shrink_to(0);
+  return Extent(device_, bytes);
+}
+
+Mapper::Taken Mapper::take(size_t bytes) {
+  if (auto spare = spare_.take(bytes)) return {std::move(*spare), true};
+  return {create(bytes), false};
+}
+
+void Mapper::put_back(std::vector<Taken>& taken) noexcept {
+  for (Taken& one : taken) {
+    if (one.was_spare && one.extent) spare_.put(std::move(one.extent));
+  }
+}
+
+void Mapper::zero_foreign(const std::vector<Place>& places, const std::vector<Mapping>& made, WriterId writer,
+                          Stream stream) {
+  const auto foreign = [&](size_t i) { return made[i].writer() != kNobody && made[i].writer() != writer; };
+  for_each_run(places, foreign, [&](Address at, size_t bytes) { device_.backend->zero(at, bytes, stream); });
+}
+
+void Mapper::map(const std::vector<Place>& places, WriterId writer, Stream stream) {
+  std::vector<Taken> taken;
+  std::vector<Mapping> made;
+  taken.reserve(places.size());
+  made.reserve(places.size());
+  try {
+    for (const Place& place : places) taken.push_back(take(place.piece.bytes));
+    for (size_t i = 0; i < places.size(); ++i)
+      made.emplace_back(device_, places[i].at(), std::move(taken[i].extent));
+    for_each_run(
+        places, [](size_t) { return true; },
+        [&](Address at, size_t bytes) { device_.backend->allow(at, bytes); });
+    zero_foreign(places, made, writer, stream);
+    for (size_t i = 0; i < places.size(); ++i) {
+      made[i].set_writer(writer);
+      places[i].range->mappings_.emplace(places[i].piece.offset, std::move(made[i]));
+    }
+  } catch (...) {
+    for (size_t i = 0; i < made.size(); ++i) {
+      try {
+        taken[i].extent = made[i].unmap();
+      } catch (const Error&) {
+        // Still mapped: its destructor tries once more and counts it as lost if that fails too.
+      }
+    }
+    put_back(taken);
+    throw;
+  }
+}
+
+void Mapper::unmap(const std::vector<Place>& places) {
+  std::vector<Extent> out;
+  out.reserve(places.size());
+  try {
+    for (const Place& place : places) out.push_back(place.range->mappings_.at(place.piece.offset).unmap());
+  } catch (const Error&) {
+    for (size_t i = 0; i < out.size(); ++i) {
+      places[i].range->mappings_.at(places[i].piece.offset).remap(std::move(out[i]));
+      device_.backend->allow(places[i].at(), places[i].piece.bytes);
+    }
+    throw;
+  }
+  for (size_t i = 0; i < places.size(); ++i) {
+    places[i].range->mappings_.erase(places[i].piece.offset);
+    spare_.put(std::move(out[i]));
+  }
+}
+
+}  // namespace tem

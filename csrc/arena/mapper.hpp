@@ -1,0 +1,55 @@
+// All that touches mappings: places extents under addresses and takes them away, all or nothing. Knows no
+// account and no lease. Guarded by the arena's lock; holding it across driver calls costs nothing, because
+// the driver serialises them anyway.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "arena/extent_pool.hpp"
+#include "arena/range.hpp"
+
+namespace tem {
+
+/// Who wrote to an extent last; a tenant's number.
+using WriterId = AccountId;
+
+class Mapper {
+ public:
+  explicit Mapper(Device& device) : device_(device) {}
+
+  /// Physical bytes that may exist at once, spares included.
+  void set_budget(size_t bytes) { budget_ = bytes; }
+  const ExtentPool& spare() const { return spare_; }
+
+  /// Maps an extent at every place and makes it accessible; memory another writer used is zeroed on `stream`.
+  /// If any call fails, every mapping and every spare is as before and the error goes on.
+  void map(const std::vector<Place>& places, WriterId writer, Stream stream);
+
+  /// Unmaps the extents at `places` into the spares. If any call fails, all of them are mapped as before.
+  void unmap(const std::vector<Place>& places);
+
+  /// Releases spares beyond `keep` bytes. A refusing driver leaves the rest spare and throws.
+  void shrink_spare(size_t keep) { spare_.shrink_to(keep); }
+
+  /// Creates one spare extent.
+  void add_spare(size_t bytes) { spare_.put(create(bytes)); }
+
+ private:
+  struct Taken {
+    Extent extent;
+    bool was_spare = false;
+  };
+
+  Taken take(size_t bytes);
+  Extent create(size_t bytes);
+  void put_back(std::vector<Taken>& taken) noexcept;
+  void zero_foreign(const std::vector<Place>& places, const std::vector<Mapping>& made, WriterId writer,
+                    Stream stream);
+
+  Device& device_;
+  ExtentPool spare_;
+  size_t budget_ = SIZE_MAX;
+};
+
+}  // namespace tem

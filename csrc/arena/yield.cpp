@@ -1,0 +1,326 @@
+// How memory moves between accounts: free extents at once, then reclaimers from cheap to dear.
+#include <algorithm>
+#include <exception>
+#include <utility>
+
+#include "arena/arena.hpp"
+#include "core/error.hpp"
+#include "core/sizes.hpp"
+
+namespace tem {
+namespace {
+
+constexpr size_t kYieldsKept = 4096;
+/// How often a wait looks at fences that have not passed: an event has no deadline of its own to wait for.
+constexpr auto kFencePoll = std::chrono::microseconds(50);
+
+}  // namespace
+
+const char* rung_name(Rung rung) {
+  switch (rung) {
+    case Rung::kTrim:
+      return "trim";
+    case Rung::kEvict:
+      return "evict";
+    case Rung::kSpill:
+      return "spill";
+    case Rung::kShrink:
+      return "shrink";
+    case Rung::kPause:
+      return "pause";
+  }
+  return "unknown";
+}
+
+uint64_t Arena::add_reclaimer(AccountId id, Rung rung, ReclaimFn fn) {
+  const Lock held = lock();
+  (void)ledger_.at(id);
+  const uint64_t number = next_number_++;
+  reclaimers_.push_back(std::make_shared<Reclaimer>(Reclaimer{number, id, rung, std::move(fn)}));
+  std::stable_sort(reclaimers_.begin(), reclaimers_.end(),
+                   [](const auto& a, const auto& b) { return a->rung < b->rung; });
+  return number;
+}
+
+void Arena::remove_reclaimer(uint64_t number) {
+  std::shared_ptr<Reclaimer> removed;  // outlives the lock: what its function owns may call back
+  const Lock held = lock();
+  const auto found = std::find_if(reclaimers_.begin(), reclaimers_.end(),
+                                  [&](const auto& reclaimer) { return reclaimer->number == number; });
+  if (found == reclaimers_.end()) return;
+  removed = *found;
+  reclaimers_.erase(found);
+}
+
+std::vector<Yield> Arena::yields(uint64_t since) {
+  const Lock held = lock();
+  std::vector<Yield> out;
+  for (const Yield& yield : yields_) {
+    if (yield.seq > since) out.push_back(yield);
+  }
+  return out;
+}
+
+void Arena::record(AccountId demander, const std::string& label, AccountId victim, Rung rung, size_t asked,
+                   size_t given, Clock::time_point start) {
+  if (demander == victim) return;
+  if (given != 0) {
+    tallies_.at(victim).given += given;
+    tallies_.at(victim).yields += 1;
+    if (demander != kNobody) tallies_.at(demander).taken += given;
+  }
+  yields_.push_back({next_yield_++, nanoseconds(start), nanoseconds(Clock::now()) - nanoseconds(start), label,
+                     ledger_.at(victim).name, rung, asked, given});
+  if (yields_.size() > kYieldsKept) yields_.pop_front();
+}
+
+size_t Arena::unmap(std::vector<Leaving>& leaving, const Seat& seat, std::exception_ptr* first) {
+  size_t freed = 0;
+  for (Leaving& one : leaving) {
+    try {
+      mapper_.unmap(one.places);
+    } catch (const Error& error) {
+      seat.tenant->stay(one);
+      note_fault(error);
+      if (first != nullptr && !*first) *first = std::current_exception();
+      continue;
+    }
+    freed += one.bytes();
+  }
+  if (freed != 0) give_back(seat.account, freed);
+  return freed;
+}
+
+size_t Arena::trim_seats(AccountId id, size_t bytes, bool kept, std::exception_ptr* first) {
+  size_t freed = 0;
+  for (const Seat& seat : seats_) {
+    if (seat.account != id || freed >= bytes) continue;
+    std::vector<Leaving> leaving;
+    seat.tenant->trim(bytes - freed, kept, leaving);
+    freed += unmap(leaving, seat, first);
+  }
+  return freed;
+}
+
+size_t Arena::trim_idle(std::exception_ptr* first) {
+  size_t freed = 0;
+  for (const auto& [id, account] : ledger_.accounts()) freed += trim_seats(id, SIZE_MAX, false, first);
+  drop_retired();
+  return freed;
+}
+
+void Arena::drop_retired() {
+  const auto done = [](const Seat& seat) {
+    if (!seat.retired) return false;
+    const Idle idle = seat.tenant->idle();
+    return idle.ready + idle.pending == 0;
+  };
+  seats_.erase(std::remove_if(seats_.begin(), seats_.end(), done), seats_.end());
+}
+
+bool Arena::anything_pending() {
+  return std::any_of(seats_.begin(), seats_.end(), [](const Seat& seat) { return seat.tenant->waiting(); });
+}
+
+size_t Arena::collect() {
+  const Lock held = lock();
+  std::exception_ptr first;
+  const size_t freed = trim_idle(&first);
+  settle_spare();
+  if (first) std::rethrow_exception(first);
+  return freed;
+}
+
+void Arena::collect_quietly() noexcept {
+  const Lock held(mutex_);
+  trim_idle(nullptr);
+  settle_spare();
+  if (anything_pending()) {
+    start_worker();
+    wake_worker();
+  }
+}
+
+size_t Arena::trim(AccountId id) {
+  const Lock held = lock();
+  (void)ledger_.at(id);
+  std::exception_ptr first;
+  const size_t freed = trim_seats(id, SIZE_MAX, true, &first);
+  settle_spare();
+  if (first) std::rethrow_exception(first);
+  return freed;
+}
+
+size_t Arena::pending_of(AccountId id) {
+  size_t pending = 0;
+  for (const Seat& seat : seats_) {
+    if (seat.account == id) pending += seat.tenant->idle().pending;
+  }
+  return pending;
+}
+
+bool Arena::trim_asked(const std::vector<Ask>& asks, AccountId demander, const std::string& label) {
+  bool progress = false;
+  for (const Ask& ask : asks) {
+    const auto start = Clock::now();
+    const size_t given = trim_seats(ask.victim, ask.bytes, true, nullptr);
+    if (given == 0) continue;
+    progress = true;
+    record(demander, label, ask.victim, Rung::kTrim, ask.bytes, given, start);
+  }
+  return progress;
+}
+
+std::shared_ptr<Arena::Reclaimer> Arena::next_reclaimer(const std::vector<Ask>& asks,
+                                                        const std::vector<uint64_t>& asked, Rung worst) {
+  // Asks come lowest class first. Within a class every account is asked for a cheap rung before any for a
+  // dear one.
+  size_t i = 0;
+  while (i < asks.size()) {
+    const int64_t value = ledger_.at(asks[i].victim).limits.value;
+    size_t end = i;
+    while (end < asks.size() && ledger_.at(asks[end].victim).limits.value == value) ++end;
+    for (const auto& reclaimer : reclaimers_) {
+      if (reclaimer->rung > worst) break;
+      if (std::find(asked.begin(), asked.end(), reclaimer->number) != asked.end()) continue;
+      for (size_t k = i; k < end; ++k) {
+        if (asks[k].victim == reclaimer->account) return reclaimer;
+      }
+    }
+    i = end;
+  }
+  return nullptr;
+}
+
+void Arena::squeeze(Lock& lock, AccountId demander, const std::string& label, Deadline deadline, Rung worst,
+                    const std::function<size_t()>& shortage,
+                    const std::function<std::vector<Ask>(size_t)>& plan) {
+  std::vector<uint64_t> asked;
+  for (;;) {
+    require_open();
+    trim_idle(nullptr);
+    const size_t missing = shortage();
+    if (missing == 0) return;
+    if (demander != kNobody && trim_seats(demander, missing, true, nullptr) != 0) continue;
+    const std::vector<Ask> asks = plan(missing);
+    if (trim_asked(asks, demander, label)) continue;
+
+    size_t coming = 0;
+    for (const Ask& one : asks) coming += std::min(one.bytes, pending_of(one.victim));
+    if (demander != kNobody) coming += pending_of(demander);
+    const auto reclaimer = next_reclaimer(asks, asked, worst);
+    if ((coming == 0 && !reclaimer) || Clock::now() >= deadline) return;
+    if (coming >= missing || !reclaimer) {
+      changed_.wait_for(lock, kFencePoll);
+      continue;
+    }
+
+    asked.push_back(reclaimer->number);
+    size_t bytes = 0;
+    for (const Ask& one : asks) bytes += one.victim == reclaimer->account ? one.bytes : 0;
+    const size_t before = ledger_.at(reclaimer->account).held;
+    const auto start = Clock::now();
+    lock.unlock();
+    reclaimer->fn(bytes, deadline);
+    lock.lock();
+    require_open();
+    if (ledger_.accounts().count(reclaimer->account) == 0)
+      continue;  // it closed its account: all of it came back
+    trim_seats(reclaimer->account, bytes, true, nullptr);
+    const size_t after = ledger_.at(reclaimer->account).held;
+    record(demander, label, reclaimer->account, reclaimer->rung, bytes, before > after ? before - after : 0,
+           start);
+  }
+}
+
+/// Brings an account down to `target` bytes by its own means, from trim up to the rung `worst`.
+void Arena::trim_self(Lock& lock, AccountId id, size_t target, Rung worst, Deadline deadline) {
+  const auto over = [this, id, target]() -> size_t {
+    const size_t held = ledger_.at(id).held;
+    return held > target ? held - target : 0;
+  };
+  squeeze(lock, kNobody, "limit", deadline, worst, over,
+          [id](size_t bytes) -> std::vector<Ask> { return {{id, bytes}}; });
+}
+
+Grant Arena::acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst) {
+  Lock lock = this->lock();
+  const Limits limits = ledger_.at(id).limits;
+  const auto below = [bytes](size_t limit) { return limit > bytes ? limit - bytes : 0; };
+  if (ledger_.at(id).held > below(limits.high)) {
+    trim_self(lock, id, below(limits.high), std::min(worst, Rung::kEvict), deadline);
+  }
+  if (ledger_.grant(id, bytes)) return Grant(shared_from_this(), id, bytes);
+  if (bytes > limits.max)
+    refuse(id, bytes, "that is more than the account's max " + format_bytes(limits.max));
+  if (bytes > ledger_.leasable()) {
+    refuse(id, bytes, "that is more than all the arena may lease, " + format_bytes(ledger_.leasable()));
+  }
+  if (ledger_.at(id).held > below(limits.max)) trim_self(lock, id, below(limits.max), worst, deadline);
+  if (ledger_.at(id).held > below(limits.max)) refuse(id, bytes, "max is " + format_bytes(limits.max));
+
+  const Ticket ticket = ledger_.enqueue(id, bytes);
+  bool granted = false;
+  try {
+    squeeze(
+        lock, id, ledger_.at(id).name, deadline, worst, [&] { return ledger_.shortage(ticket); },
+        [&](size_t missing) { return ledger_.plan(id, missing); });
+    granted = ledger_.grant_ticket(ticket);
+  } catch (...) {
+    ledger_.withdraw(ticket);
+    changed_.notify_all();
+    throw;
+  }
+  if (!granted) {
+    ledger_.withdraw(ticket);
+    changed_.notify_all();
+    refuse(id, bytes, "no account that may be asked gave enough");
+  }
+  return Grant(shared_from_this(), id, bytes);
+}
+
+void Arena::refuse(AccountId id, size_t bytes, const std::string& why) {
+  ++tallies_.at(id).denied;
+  settle_spare();
+  const Holding& account = ledger_.at(id);
+  std::string advice =
+      "free memory of this account, lower its demand, raise its limits or its priority class, or give "
+      "the arena more capacity";
+  throw Error(Kind::kOutOfMemory,
+              "account '" + account.name + "' asked for " + format_bytes(bytes) + " beside the " +
+                  format_bytes(account.held) + " it holds; " + format_bytes(ledger_.free()) + " of " +
+                  format_bytes(ledger_.leasable()) + " is free on " + device().device + ": " + why +
+                  ". Holders: " + ledger_.holders() + ". To go on: " + advice);
+}
+
+size_t Arena::set_limits(AccountId id, const Limits& limits, Deadline deadline) {
+  Lock lock = this->lock();
+  ledger_.set_limits(id, limits);
+  changed_.notify_all();
+  if (ledger_.at(id).held > limits.high) trim_self(lock, id, limits.high, Rung::kEvict, deadline);
+  if (ledger_.at(id).held > limits.max) trim_self(lock, id, limits.max, Rung::kPause, deadline);
+  settle_spare();
+  const size_t held = ledger_.at(id).held;
+  return held > limits.max ? held - limits.max : 0;
+}
+
+size_t Arena::set_capacity(const Options& wanted, Deadline deadline) {
+  const Options options = checked(*device_->backend, wanted);
+  Lock lock = this->lock();
+  ledger_.set_capacity(options.capacity, options.reserve_low);
+  reserve_high_ = options.reserve_high;
+  mapper_.set_budget(ledger_.leasable());
+  changed_.notify_all();
+  squeeze(
+      lock, kNobody, "capacity", deadline, Rung::kPause, [this] { return ledger_.overdrawn(); },
+      [this](size_t missing) { return ledger_.plan_shrink(missing); });
+  settle_spare();
+  changed_.notify_all();
+  if (spare_target() != 0) {
+    start_worker();
+    wake_worker();
+  }
+  return ledger_.overdrawn();
+}
+
+}  // namespace tem

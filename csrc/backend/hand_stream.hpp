@@ -1,0 +1,26 @@
+// A stream without a device: work on it is a count that whoever drives the stream moves by hand.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+namespace tem {
+
+struct HandStream {
+  std::atomic<uint64_t> submitted{0};
+  std::atomic<uint64_t> completed{0};
+
+  void submit() { submitted.fetch_add(1); }
+  void complete() { completed.store(submitted.load()); }
+};
+
+/// A point in a stream's order, which outlives the stream. Without one, the default stream, it has passed.
+struct HandMark {
+  std::shared_ptr<HandStream> stream;
+  uint64_t position = 0;
+
+  bool passed() const { return stream == nullptr || stream->completed.load() >= position; }
+};
+
+}  // namespace tem

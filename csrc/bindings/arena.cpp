@@ -1,0 +1,213 @@
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "arena/growth.hpp"
+#include "bindings/bindings.hpp"
+#include "core/error.hpp"
+#include "core/sizes.hpp"
+
+namespace tem {
+namespace {
+
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+Rung rung_from(const std::string& name) {
+  for (const Rung rung : {Rung::kEvict, Rung::kSpill, Rung::kShrink, Rung::kPause}) {
+    if (name == rung_name(rung)) return rung;
+  }
+  throw Error(Kind::kInvalid,
+              "unknown rung '" + name + "'; a reclaimer is one of evict, spill, shrink, pause");
+}
+
+std::optional<size_t> bounded(size_t limit) {
+  return limit == kUnlimited ? std::nullopt : std::optional<size_t>(limit);
+}
+
+/// A Python callable as a reclaimer: takes the GIL to run it and to let it go. What it raises is reported
+/// where unraisable exceptions go, because its caller is another account's demand.
+ReclaimFn reclaim_fn(py::function function) {
+  const std::shared_ptr<py::function> held(new py::function(std::move(function)), [](py::function* owned) {
+    const py::gil_scoped_acquire gil;
+    delete owned;
+  });
+  return [held](size_t bytes, Deadline deadline) {
+    const py::gil_scoped_acquire gil;
+    try {
+      (*held)(bytes, std::max(0.0, seconds_until(deadline)));
+    } catch (py::error_already_set& error) {
+      error.discard_as_unraisable(*held);
+    }
+  };
+}
+
+py::dict dict_of(const AccountState& account) {
+  py::dict out;
+  out["name"] = account.holding.name;
+  out["value"] = account.holding.limits.value;
+  out["held"] = account.holding.held;
+  out["idle"] = account.idle.ready + account.idle.pending;
+  out["pending"] = account.idle.pending;
+  out["min"] = account.holding.limits.min;
+  out["low"] = account.holding.limits.low;
+  out["high"] = bounded(account.holding.limits.high);
+  out["max"] = bounded(account.holding.limits.max);
+  out["weight"] = account.holding.limits.weight;
+  out["given"] = account.given;
+  out["taken"] = account.taken;
+  out["yields"] = account.yields;
+  out["denied"] = account.denied;
+  return out;
+}
+
+py::dict dict_of(const ArenaState& state) {
+  py::dict out;
+  out["capacity"] = state.capacity;
+  out["leased"] = state.leased;
+  out["free"] = state.free;
+  out["reserve_low"] = state.reserve_low;
+  out["reserve_high"] = state.reserve_high;
+  out["spare"] = state.spare;
+  out["created"] = state.created;
+  out["lost"] = state.lost;
+  out["faults"] = state.faults;
+  out["last_fault"] = state.last_fault;
+  py::list accounts;
+  for (const AccountState& account : state.accounts) accounts.append(dict_of(account));
+  out["accounts"] = accounts;
+  return out;
+}
+
+py::dict dict_of(const Yield& yield) {
+  py::dict out;
+  out["seq"] = yield.seq;
+  out["start_ns"] = yield.start_ns;
+  out["duration_ns"] = yield.duration_ns;
+  out["demander"] = yield.demander;
+  out["victim"] = yield.victim;
+  out["rung"] = rung_name(yield.rung);
+  out["asked"] = yield.asked;
+  out["given"] = yield.given;
+  return out;
+}
+
+}  // namespace
+
+void bind_arena(py::module_& module) {
+  py::class_<Backend, std::shared_ptr<Backend>>(module, "Backend")
+      .def_property_readonly("name", [](const Backend& self) { return self.capabilities().backend; })
+      .def_property_readonly("device_name", [](const Backend& self) { return self.capabilities().device; })
+      .def_property_readonly("uuid", [](const Backend& self) { return self.capabilities().uuid; })
+      .def_property_readonly("ordinal", [](const Backend& self) { return self.capabilities().ordinal; })
+      .def_property_readonly("granularity",
+                             [](const Backend& self) { return self.capabilities().granularity; })
+      .def("memory_info", [](Backend& self) {
+        const MemoryInfo info = self.memory_info();
+        return std::make_pair(info.free, info.total);
+      });
+  module.def("host_backend", &make_host_backend, py::arg("capacity"), NoGil());
+  module.def("cuda_backend", &make_cuda_backend, py::arg("ordinal"), py::arg("library"), NoGil());
+  module.def("host_stream_create", &host_stream_create);
+  module.def("host_stream_submit", &host_stream_submit);
+  module.def("host_stream_complete", &host_stream_complete);
+  module.def("host_stream_destroy", &host_stream_destroy);
+  module.attr("MAX_EXTENT") = kMaxExtent;
+
+  py::class_<AccountHandle>(module, "Account")
+      .def_property_readonly("held", [](AccountHandle& self) { return self.arena->account(self.id).held; })
+      .def(
+          "room", [](AccountHandle& self) { return self.arena->room(self.id); }, NoGil())
+      .def(
+          "wait",
+          [](AccountHandle& self, size_t bytes, double timeout) {
+            // Waits in slices, so that a signal can end a long one.
+            const Deadline deadline = deadline_in(timeout);
+            for (;;) {
+              bool reached = false;
+              {
+                const py::gil_scoped_release release;
+                reached = self.arena->wait_for_room(self.id, bytes, std::min(deadline, deadline_in(0.1)));
+              }
+              if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+              if (reached) return true;
+              if (Clock::now() >= deadline) return false;
+            }
+          },
+          py::arg("bytes"), py::arg("timeout"))
+      .def(
+          "trim", [](AccountHandle& self) { return self.arena->trim(self.id); }, NoGil())
+      .def(
+          "close", [](AccountHandle& self) { self.arena->close_account(self.id); }, NoGil())
+      .def(
+          "set_limits",
+          [](AccountHandle& self, int64_t value, size_t min, size_t low, std::optional<size_t> high,
+             std::optional<size_t> max, double weight, double timeout) {
+            return self.arena->set_limits(self.id, limits_from(value, min, low, high, max, weight),
+                                          deadline_in(timeout));
+          },
+          py::arg("value"), py::arg("min"), py::arg("low"), py::arg("high"), py::arg("max"),
+          py::arg("weight"), py::arg("timeout"), NoGil())
+      .def(
+          "add_reclaimer",
+          [](AccountHandle& self, const std::string& rung, py::function function) {
+            const Rung checked = rung_from(rung);
+            ReclaimFn fn = reclaim_fn(std::move(function));
+            const py::gil_scoped_release release;
+            return self.arena->add_reclaimer(self.id, checked, std::move(fn));
+          },
+          py::arg("rung"), py::arg("function"))
+      .def(
+          "remove_reclaimer",
+          [](AccountHandle& self, uint64_t number) { self.arena->remove_reclaimer(number); }, NoGil());
+
+  py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
+      .def(py::init([](std::shared_ptr<Backend> backend, size_t capacity, size_t low, size_t high) {
+             return Arena::open(std::move(backend), {capacity, low, high});
+           }),
+           py::arg("backend"), py::arg("capacity"), py::arg("reserve_low"), py::arg("reserve_high"), NoGil())
+      .def(
+          "open_account",
+          [](const std::shared_ptr<Arena>& self, const std::string& name, int64_t value, size_t min,
+             size_t low, std::optional<size_t> high, std::optional<size_t> max, double weight) {
+            return AccountHandle{self,
+                                 self->open_account(name, limits_from(value, min, low, high, max, weight))};
+          },
+          py::arg("name"), py::arg("value"), py::arg("min"), py::arg("low"), py::arg("high"), py::arg("max"),
+          py::arg("weight"), NoGil())
+      .def(
+          "set_capacity",
+          [](Arena& self, size_t capacity, size_t low, size_t high, double timeout) {
+            return self.set_capacity({capacity, low, high}, deadline_in(timeout));
+          },
+          py::arg("capacity"), py::arg("reserve_low"), py::arg("reserve_high"), py::arg("timeout"), NoGil())
+      .def("collect", &Arena::collect, NoGil())
+      .def("refill", &Arena::refill, NoGil())
+      .def("close", &Arena::close, NoGil())
+      .def("state",
+           [](Arena& self) {
+             ArenaState state;
+             {
+               const py::gil_scoped_release release;
+               state = self.state();
+             }
+             return dict_of(state);
+           })
+      .def(
+          "yields",
+          [](Arena& self, uint64_t since) {
+            std::vector<Yield> yields;
+            {
+              const py::gil_scoped_release release;
+              yields = self.yields(since);
+            }
+            py::list out;
+            for (const Yield& yield : yields) out.append(dict_of(yield));
+            return out;
+          },
+          py::arg("since"));
+}
+
+}  // namespace tem

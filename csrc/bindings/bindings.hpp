@@ -1,0 +1,39 @@
+// What the files of this folder share. The only folder that knows Python; below it nobody holds the GIL.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "arena/arena.hpp"
+#include "kv/block_range.hpp"
+
+namespace tem {
+
+namespace py = pybind11;
+
+void bind_errors(py::module_& module);
+void bind_ledger(py::module_& module);
+void bind_arena(py::module_& module);
+void bind_kv(py::module_& module);
+void bind_allocator(py::module_& module);
+
+/// An account of an open arena, as Python holds it.
+struct AccountHandle {
+  std::shared_ptr<Arena> arena;
+  AccountId id;
+};
+
+/// Limits as Python gives them: None where nothing limits.
+inline Limits limits_from(int64_t value, size_t min, size_t low, std::optional<size_t> high,
+                          std::optional<size_t> max, double weight) {
+  return {value, min, low, high.value_or(kUnlimited), max.value_or(kUnlimited), weight};
+}
+
+/// Block numbers from a list, a tuple, a range or any sequence or iterable of integers (numpy's and torch's
+/// included).
+std::vector<Block> blocks_from(py::handle blocks);
+
+}  // namespace tem

@@ -1,0 +1,213 @@
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <string>
+#include <utility>
+
+#include "bindings/bindings.hpp"
+#include "bindings/dlpack.hpp"
+#include "core/error.hpp"
+#include "kv/block_pool.hpp"
+
+namespace tem {
+namespace {
+
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+/// A block range as Python and the tensors over it hold it: the last one to go retires it.
+struct RangeHandle {
+  std::shared_ptr<BlockRange> range;
+  std::atomic<size_t> exports{0};
+
+  explicit RangeHandle(std::shared_ptr<BlockRange> the_range) : range(std::move(the_range)) {}
+  RangeHandle(const RangeHandle&) = delete;
+  RangeHandle& operator=(const RangeHandle&) = delete;
+  ~RangeHandle() {
+    try {
+      range->retire();
+    } catch (const Error&) {
+      // Without a fence nothing may be unmapped: the range keeps its memory, and the account shows it.
+    }
+  }
+
+  void close() {
+    if (exports != 0) {
+      throw Error(Kind::kInUse, range->name() + " still has " + std::to_string(exports) +
+                                    " tensors over it; delete them and their views first");
+    }
+    range->retire();
+  }
+};
+
+struct Export {
+  dlpack::ManagedTensor managed;
+  int64_t shape;
+  std::shared_ptr<RangeHandle> owner;
+};
+
+/// One stripe as a one-dimensional DLPack tensor of bytes; torch views it as what it is. Nothing is copied.
+py::capsule export_stripe(const std::shared_ptr<RangeHandle>& handle, size_t stripe) {
+  const Capabilities& device = handle->range->arena()->device();
+  const bool host = device.backend == "host";
+  auto owned = std::make_unique<Export>();
+  const Geometry& geometry = handle->range->geometry();
+  owned->shape = static_cast<int64_t>(geometry.num_blocks * geometry.block_bytes);
+  owned->owner = handle;
+  owned->managed.tensor = {reinterpret_cast<void*>(handle->range->base(stripe)),
+                           {host ? dlpack::kCPU : dlpack::kCUDA, host ? 0 : device.ordinal},
+                           1,
+                           {dlpack::kUInt, 8, 1},
+                           &owned->shape,
+                           nullptr,
+                           0};
+  owned->managed.manager = owned.get();
+  owned->managed.deleter = [](dlpack::ManagedTensor* managed) {
+    auto* const self = static_cast<Export*>(managed->manager);
+    --self->owner->exports;
+    delete self;
+  };
+  ++handle->exports;
+  // A consumer renames the capsule when it takes the tensor over.
+  return py::capsule(&owned.release()->managed, "dltensor", [](PyObject* capsule) {
+    if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;
+    auto* const managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    managed->deleter(managed);
+  });
+}
+
+double bench_ensure(RangeHandle& self, const std::vector<Block>& blocks, size_t iterations) {
+  const auto start = Clock::now();
+  for (size_t i = 0; i < iterations; ++i) self.range->ensure(blocks, 0, Deadline::max());
+  const auto taken = std::chrono::duration<double, std::nano>(Clock::now() - start);
+  return taken.count() / static_cast<double>(iterations);
+}
+
+}  // namespace
+
+std::vector<Block> blocks_from(py::handle blocks) {
+  // A list is walked without pybind11's caster: it is what engines pass on every step.
+  std::vector<Block> out;
+  const auto push = [&out](PyObject* item) {
+    const Block block = PyLong_Check(item) != 0 ? PyLong_AsLongLong(item) : -1;
+    if (PyLong_Check(item) != 0 && !(block == -1 && PyErr_Occurred() != nullptr)) {
+      out.push_back(block);
+      return;
+    }
+    PyErr_Clear();
+    // numpy's and torch's integers are numbers by __index__; what is beyond 64 bits is no block.
+    PyObject* const index = PyBool_Check(item) != 0 ? nullptr : PyNumber_Index(item);
+    if (index == nullptr) {
+      PyErr_Clear();
+      throw Error(Kind::kInvalid, "block numbers are integers; got " +
+                                      std::string(py::str(py::handle(item))) + " of " +
+                                      Py_TYPE(item)->tp_name);
+    }
+    const auto owned = py::reinterpret_steal<py::object>(index);
+    out.push_back(PyLong_AsLongLong(index));
+    if (out.back() == -1 && PyErr_Occurred() != nullptr) {
+      PyErr_Clear();
+      throw Error(Kind::kBlock, "block " + std::string(py::str(owned)) + " is out of range");
+    }
+  };
+  if (PyList_CheckExact(blocks.ptr()) != 0) {
+    const Py_ssize_t size = PyList_GET_SIZE(blocks.ptr());
+    out.reserve(static_cast<size_t>(size));
+    for (Py_ssize_t i = 0; i < size; ++i) push(PyList_GET_ITEM(blocks.ptr(), i));
+    return out;
+  }
+  PyObject* const iterator = PyObject_GetIter(blocks.ptr());
+  if (iterator == nullptr) {
+    PyErr_Clear();
+    throw Error(Kind::kInvalid,
+                std::string("blocks are a sequence of integers; got ") + Py_TYPE(blocks.ptr())->tp_name);
+  }
+  for (const py::handle item : py::reinterpret_steal<py::iterator>(iterator)) push(item.ptr());
+  return out;
+}
+
+void bind_kv(py::module_& module) {
+  py::class_<RangeHandle, std::shared_ptr<RangeHandle>>(module, "BlockRange")
+      .def(py::init([](AccountHandle& account, std::string name, size_t num_blocks, size_t block_bytes,
+                       size_t stripes, size_t keep, size_t extent_bytes) {
+             return std::make_shared<RangeHandle>(
+                 BlockRange::make(account.arena, account.id, std::move(name),
+                                  {num_blocks, block_bytes, stripes, keep, extent_bytes}));
+           }),
+           py::arg("account"), py::arg("name"), py::arg("num_blocks"), py::arg("block_bytes"),
+           py::arg("stripes") = 1, py::arg("keep") = 0, py::arg("extent_bytes") = 0, NoGil())
+      .def(
+          "ensure",
+          [](RangeHandle& self, py::handle blocks, Stream stream, double timeout) {
+            const std::vector<Block> numbers = blocks_from(blocks);
+            const py::gil_scoped_release release;
+            self.range->ensure(numbers, stream, deadline_in(timeout));
+          },
+          py::arg("blocks"), py::arg("stream"), py::arg("timeout"))
+      .def(
+          "release",
+          [](RangeHandle& self, py::handle blocks, Stream stream) {
+            const std::vector<Block> numbers = blocks_from(blocks);
+            const py::gil_scoped_release release;
+            self.range->release(numbers, stream);
+          },
+          py::arg("blocks"), py::arg("stream"))
+      .def("resident", [](RangeHandle& self, Block block) { return self.range->resident(block); })
+      .def("held", [](RangeHandle& self, Block block) { return self.range->held(block); })
+      .def("base", [](RangeHandle& self, size_t stripe) { return self.range->base(stripe); })
+      .def("export_stripe", &export_stripe)
+      .def("close", &RangeHandle::close, NoGil())
+      .def_property_readonly("exports", [](RangeHandle& self) { return self.exports.load(); })
+      .def_property_readonly("resident_bytes", [](RangeHandle& self) { return self.range->resident_bytes(); })
+      .def_property_readonly("held_blocks", [](RangeHandle& self) { return self.range->held_blocks(); });
+
+  py::class_<CompactionPlan>(module, "CompactionPlan")
+      .def_readonly("copies", &CompactionPlan::copies)
+      .def_readonly("freed_bytes", &CompactionPlan::freed_bytes);
+
+  py::class_<BlockPool>(module, "BlockPool")
+      .def(py::init([](RangeHandle& range) { return std::make_unique<BlockPool>(range.range); }),
+           py::keep_alive<1, 2>())
+      .def(
+          "allocate",
+          [](BlockPool& self, size_t count, Stream stream, double timeout) {
+            return self.allocate(count, stream, deadline_in(timeout));
+          },
+          py::arg("count"), py::arg("stream"), py::arg("timeout"), NoGil())
+      .def(
+          "free",
+          [](BlockPool& self, py::handle blocks, Stream stream) {
+            const std::vector<Block> numbers = blocks_from(blocks);
+            const py::gil_scoped_release release;
+            self.free(numbers, stream);
+          },
+          py::arg("blocks"), py::arg("stream"))
+      .def("cheapest",
+           [](BlockPool& self) {
+             py::list out;
+             for (const Occupancy& site : self.cheapest()) {
+               out.append(py::make_tuple(site.first, site.last, site.live, site.bytes));
+             }
+             return out;
+           })
+      .def(
+          "plan_compaction",
+          [](BlockPool& self, size_t max_copies, Stream stream, double timeout) {
+            return self.plan_compaction(max_copies, stream, deadline_in(timeout));
+          },
+          py::arg("max_copies"), py::arg("stream"), py::arg("timeout"), NoGil())
+      .def("commit", &BlockPool::commit, NoGil())
+      .def("abort", &BlockPool::abort, NoGil())
+      .def_property_readonly("free_blocks", &BlockPool::free_blocks)
+      .def_property_readonly("live_blocks", &BlockPool::live_blocks);
+
+  module.def(
+      "bench_ensure",
+      [](RangeHandle& range, py::handle blocks, size_t iterations) {
+        const std::vector<Block> numbers = blocks_from(blocks);
+        const py::gil_scoped_release release;
+        return bench_ensure(range, numbers, iterations);
+      },
+      py::arg("range"), py::arg("blocks"), py::arg("iterations"));
+}
+
+}  // namespace tem

@@ -1,0 +1,403 @@
+#include "kv/block_range.hpp"
+
+#include <algorithm>
+#include <utility>
+
+#include "core/error.hpp"
+#include "core/sizes.hpp"
+
+namespace tem {
+namespace {
+
+size_t total_bytes(const Geometry& geometry) {
+  return checked_mul(geometry.num_blocks, geometry.block_bytes);
+}
+
+Geometry checked(const Geometry& geometry, size_t granularity) {
+  if (geometry.num_blocks == 0 || geometry.block_bytes == 0 || geometry.stripes == 0) {
+    throw Error(Kind::kInvalid,
+                "a block range needs at least one block, one byte a block and one stripe; asked for " +
+                    std::to_string(geometry.num_blocks) + " blocks of " +
+                    std::to_string(geometry.block_bytes) + " bytes in " + std::to_string(geometry.stripes) +
+                    " stripes");
+  }
+  if (geometry.extent_bytes != 0 && (!is_pow2(geometry.extent_bytes) || geometry.extent_bytes < granularity ||
+                                     geometry.extent_bytes > kMaxExtent)) {
+    throw Error(Kind::kInvalid, "an extent of " + format_bytes(geometry.extent_bytes) +
+                                    " is not a power of two from " + format_bytes(granularity) + " to " +
+                                    format_bytes(kMaxExtent));
+  }
+  // What no device can have is a mistake in a size, not a demand.
+  constexpr size_t kAddressable = size_t{1} << 47;
+  if (checked_mul(total_bytes(geometry), geometry.stripes) > kAddressable) {
+    throw Error(Kind::kInvalid, "a block range of " + format_bytes(total_bytes(geometry) * geometry.stripes) +
+                                    " exceeds the address space of 128 TiB");
+  }
+  return geometry;
+}
+
+}  // namespace
+
+std::shared_ptr<BlockRange> BlockRange::make(std::shared_ptr<Arena> arena, AccountId account,
+                                             std::string name, const Geometry& geometry) {
+  std::shared_ptr<BlockRange> range(
+      new BlockRange(arena, account, std::move(name), checked(geometry, arena->granularity())));
+  range->writer_ = arena->attach(range, account);
+  return range;
+}
+
+BlockRange::BlockRange(std::shared_ptr<Arena> arena, AccountId account, std::string name,
+                       const Geometry& geometry)
+    : geometry_(geometry),
+      account_(account),
+      name_(std::move(name)),
+      granularity_(arena->granularity()),
+      arena_(std::move(arena)),
+      keep_(geometry.keep),
+      slot_of_(round_up(total_bytes(geometry), granularity_) / granularity_, kAbsent),
+      held_(geometry.num_blocks, 0) {
+  for (size_t i = 0; i < geometry.stripes; ++i) {
+    stripes_.push_back(std::make_unique<Range>(arena_->handles(), total_bytes(geometry)));
+  }
+}
+
+void BlockRange::check_block(Block block) const {
+  if (block >= 0 && static_cast<size_t>(block) < geometry_.num_blocks) return;
+  throw Error(Kind::kBlock, name_ + ": block " + std::to_string(block) +
+                                " is out of range; it has blocks 0 to " +
+                                std::to_string(geometry_.num_blocks - 1));
+}
+
+template <class Visit>
+void BlockRange::for_each_slot(Block block, Visit visit) const {
+  const size_t last = last_granule(block);
+  for (size_t granule = first_granule(block); granule <= last;) {
+    const int32_t slot = slot_of_[granule];
+    granule = slot == kAbsent ? granule + 1 : slots_[static_cast<size_t>(slot)].piece.end() / granularity_;
+    visit(slot);
+  }
+}
+
+bool BlockRange::is_resident(Block block) const {
+  bool all = true;
+  for_each_slot(block, [&](int32_t slot) { all = all && slot != kAbsent; });
+  return all;
+}
+
+bool BlockRange::hold_resident(const std::vector<Block>& blocks) {
+  bool news = false;
+  for (const Block block : blocks) {
+    check_block(block);
+    if (held_[static_cast<size_t>(block)] != 0) continue;
+    if (!is_resident(block)) return false;
+    news = true;
+  }
+  if (!news) return true;
+  for (const Block block : blocks) {
+    if (std::exchange(held_[static_cast<size_t>(block)], uint8_t{1}) != 0) continue;
+    ++held_count_;
+    for_each_slot(block, [&](int32_t number) {
+      Slot& slot = slots_[static_cast<size_t>(number)];
+      touch(number);
+      if (slot.live++ != 0) return;
+      if (ready_.erase({slot.piece.offset, number}) != 0) ready_bytes_ -= slot.piece.bytes;
+      if (pending_.erase({slot.piece.offset, number}) != 0) pending_bytes_ -= slot.piece.bytes;
+    });
+  }
+  return true;
+}
+
+void BlockRange::ensure(const std::vector<Block>& blocks, Stream stream, Deadline deadline) {
+  born_.check(name_.c_str());
+  {
+    const Guard guard(mutex_);
+    note_stream(stream);
+    if (arena_ && hold_resident(blocks)) return;
+  }
+  grow(blocks, stream, deadline);
+}
+
+void BlockRange::note_stream(Stream stream) {
+  if (std::find(streams_.begin(), streams_.end(), stream) == streams_.end()) streams_.push_back(stream);
+}
+
+std::vector<Piece> BlockRange::missing(const std::vector<Block>& blocks) const {
+  std::vector<size_t> granules;
+  for (const Block block : blocks) {
+    for (size_t granule = first_granule(block); granule <= last_granule(block); ++granule) {
+      if (slot_of_[granule] == kAbsent) granules.push_back(granule);
+    }
+  }
+  std::sort(granules.begin(), granules.end());
+  granules.erase(std::unique(granules.begin(), granules.end()), granules.end());
+  std::vector<Piece> runs;
+  for (const size_t granule : granules) {
+    const size_t offset = granule * granularity_;
+    if (!runs.empty() && runs.back().end() == offset) {
+      runs.back().bytes += granularity_;
+    } else {
+      runs.push_back({offset, granularity_});
+    }
+  }
+  return runs;
+}
+
+bool BlockRange::absent(Piece piece) const {
+  const auto first = slot_of_.begin() + static_cast<std::ptrdiff_t>(piece.offset / granularity_);
+  const auto last = slot_of_.begin() + static_cast<std::ptrdiff_t>(piece.end() / granularity_);
+  return std::all_of(first, last, [](int32_t slot) { return slot == kAbsent; });
+}
+
+std::vector<Piece> BlockRange::extents_for(const std::vector<Piece>& runs, bool ahead) const {
+  const size_t unit = ahead ? ahead_extent(mapped_, granularity_) : granularity_;
+  std::vector<Piece> wide;
+  for (const Piece& run : runs) {
+    const size_t begin = round_down(run.offset, unit);
+    const Piece whole{begin, std::min(round_up(run.end(), unit), bytes()) - begin};
+    const Piece chosen = absent(whole) ? whole : run;
+    if (!wide.empty() && wide.back().end() >= chosen.end()) continue;  // inside what the run before it took
+    wide.push_back(chosen);
+    if (wide.size() > 1 && wide[wide.size() - 2].end() > chosen.offset) {
+      Piece& last = wide.back();
+      last = {wide[wide.size() - 2].end(), chosen.end() - wide[wide.size() - 2].end()};
+    }
+  }
+  std::vector<Piece> extents;
+  for (const Piece& run : wide)
+    cover(run, geometry_.extent_bytes != 0 ? geometry_.extent_bytes : kMaxExtent, extents);
+  return extents;
+}
+
+std::vector<Place> BlockRange::places(const std::vector<Piece>& extents) const {
+  std::vector<Place> out;
+  out.reserve(extents.size() * stripes_.size());
+  for (const auto& stripe : stripes_) {
+    for (const Piece& piece : extents) out.push_back({stripe.get(), piece});
+  }
+  return out;
+}
+
+void BlockRange::grow(const std::vector<Block>& blocks, Stream stream, Deadline deadline) {
+  const std::shared_ptr<Arena> arena = this->arena();
+  const auto bytes_of = [this](const std::vector<Piece>& extents) {
+    size_t sum = 0;
+    for (const Piece& piece : extents) sum += piece.bytes;
+    return sum * stripes_.size();
+  };
+  for (;;) {
+    size_t exact = 0;
+    size_t ahead = 0;
+    {
+      const Guard guard(mutex_);
+      if (hold_resident(blocks)) return;
+      const std::vector<Piece> runs = missing(blocks);
+      exact = bytes_of(extents_for(runs, false));
+      ahead = geometry_.extent_bytes != 0 ? exact : bytes_of(extents_for(runs, true));
+    }
+    // Beyond need only from what is free: nobody yields for growth ahead.
+    std::optional<Grant> grant = ahead > exact ? arena->acquire_free(account_, ahead) : std::nullopt;
+    const bool generous = grant.has_value();
+    if (!generous) grant.emplace(arena->acquire(account_, exact, deadline, Rung::kPause));
+
+    const Arena::Lock lock = arena->lock();
+    std::vector<Piece> extents;
+    {
+      const Guard guard(mutex_);
+      if (!arena_) throw Error(Kind::kClosed, name_ + " was closed while it grew");
+      if (hold_resident(blocks)) return;
+      extents = extents_for(missing(blocks), generous);
+    }
+    if (bytes_of(extents) > grant->bytes()) continue;  // what was resident has gone meanwhile
+    arena->map(lock, *grant, places(extents), writer_, stream);
+    const Guard guard(mutex_);
+    for (const Piece& piece : extents) add_slot(piece);
+    hold_resident(blocks);
+    return;
+  }
+}
+
+void BlockRange::add_slot(Piece piece) {
+  int32_t number = 0;
+  if (free_slots_.empty()) {
+    number = static_cast<int32_t>(slots_.size());
+    slots_.emplace_back();
+  } else {
+    number = free_slots_.back();
+    free_slots_.pop_back();
+  }
+  Slot& slot = slots_[static_cast<size_t>(number)];
+  slot.piece = piece;
+  slot.live = 0;
+  slot.fence = Fence();
+  touch(number);
+  for (size_t granule = piece.offset / granularity_; granule < piece.end() / granularity_; ++granule) {
+    slot_of_[granule] = number;
+  }
+  ready_.insert({piece.offset, number});
+  ready_bytes_ += piece.bytes;
+  mapped_ += piece.bytes;
+}
+
+void BlockRange::touch(int32_t number) {
+  Slot& slot = slots_[static_cast<size_t>(number)];
+  if (slot.touched) return;
+  slot.touched = true;
+  touched_.push_back(number);
+}
+
+void BlockRange::release(const std::vector<Block>& blocks, Stream stream) {
+  const std::shared_ptr<Arena> arena = this->arena();
+  const std::vector<std::shared_ptr<Mark>> marks = {arena->mark(stream)};
+  bool spare = false;
+  {
+    const Guard guard(mutex_);
+    note_stream(stream);
+    size_t checked = 0;
+    try {
+      for (; checked < blocks.size(); ++checked) {
+        check_block(blocks[checked]);
+        if (std::exchange(held_[static_cast<size_t>(blocks[checked])], uint8_t{0}) == 0) {
+          throw Error(Kind::kBlock,
+                      name_ + ": block " + std::to_string(blocks[checked]) +
+                          " is released but not held, or named twice; only blocks that ensure() made "
+                          "resident can be released, once");
+        }
+      }
+    } catch (const Error&) {
+      for (size_t i = 0; i < checked; ++i) held_[static_cast<size_t>(blocks[i])] = 1;
+      throw;
+    }
+    for (const Block block : blocks) let_go(block, marks);
+    spare = idle_bytes() > keep_;
+  }
+  if (spare) arena->collect_quietly();
+}
+
+void BlockRange::let_go(Block block, const std::vector<std::shared_ptr<Mark>>& marks) {
+  --held_count_;
+  for_each_slot(block, [&](int32_t number) {
+    Slot& slot = slots_[static_cast<size_t>(number)];
+    for (const auto& mark : marks) {
+      if (!mark->passed()) slot.fence.add(mark);
+    }
+    touch(number);
+    if (--slot.live != 0) return;
+    pending_.insert({slot.piece.offset, number});
+    pending_bytes_ += slot.piece.bytes;
+  });
+}
+
+void BlockRange::settle_pending() {
+  for (auto it = pending_.begin(); it != pending_.end();) {
+    Slot& slot = slots_[static_cast<size_t>(it->second)];
+    if (!slot.fence.passed()) {
+      ++it;
+      continue;
+    }
+    ready_.insert(*it);
+    ready_bytes_ += slot.piece.bytes;
+    pending_bytes_ -= slot.piece.bytes;
+    it = pending_.erase(it);
+  }
+}
+
+Idle BlockRange::idle() {
+  const Guard guard(mutex_);
+  settle_pending();
+  return {ready_bytes_ * stripes_.size(), pending_bytes_ * stripes_.size(), std::min(keep_, idle_bytes())};
+}
+
+bool BlockRange::waiting() {
+  const Guard guard(mutex_);
+  settle_pending();
+  return pending_bytes_ != 0 && idle_bytes() > keep_;
+}
+
+void BlockRange::leave(int32_t number, std::vector<Leaving>& out) {
+  Slot& slot = slots_[static_cast<size_t>(number)];
+  out.push_back({places({slot.piece})});
+  for (size_t granule = slot.piece.offset / granularity_; granule < slot.piece.end() / granularity_;
+       ++granule) {
+    slot_of_[granule] = kAbsent;
+  }
+  mapped_ -= slot.piece.bytes;
+  touch(number);
+  slot.piece = {};
+  free_slots_.push_back(number);
+}
+
+void BlockRange::trim(size_t bytes, bool kept, std::vector<Leaving>& out) {
+  const Guard guard(mutex_);
+  settle_pending();
+  size_t freed = 0;
+  // From the top down: the block pool fills from the bottom up.
+  while (freed < bytes && !ready_.empty() && (kept || idle_bytes() > keep_)) {
+    const auto highest = std::prev(ready_.end());
+    const int32_t number = highest->second;
+    const size_t size = slots_[static_cast<size_t>(number)].piece.bytes;
+    ready_.erase(highest);
+    ready_bytes_ -= size;
+    freed += size * stripes_.size();
+    leave(number, out);
+  }
+}
+
+void BlockRange::stay(const Leaving& leaving) {
+  const Guard guard(mutex_);
+  add_slot(leaving.places.front().piece);
+}
+
+bool BlockRange::resident(Block block) {
+  const Guard guard(mutex_);
+  check_block(block);
+  return is_resident(block);
+}
+
+bool BlockRange::held(Block block) {
+  const Guard guard(mutex_);
+  check_block(block);
+  return held_[static_cast<size_t>(block)] != 0;
+}
+
+size_t BlockRange::resident_bytes() {
+  const Guard guard(mutex_);
+  return mapped_ * stripes_.size();
+}
+
+size_t BlockRange::held_blocks() {
+  const Guard guard(mutex_);
+  return held_count_;
+}
+
+std::shared_ptr<Arena> BlockRange::arena() {
+  born_.check(name_.c_str());
+  const Guard guard(mutex_);
+  if (!arena_) throw Error(Kind::kClosed, name_ + " has been closed");
+  return arena_;
+}
+
+void BlockRange::retire() {
+  if (!born_.here()) return;
+  std::shared_ptr<Arena> arena;
+  std::vector<Stream> streams;
+  {
+    const Guard guard(mutex_);
+    if (!arena_) return;
+    arena = arena_;
+    streams = streams_;
+  }
+  std::vector<std::shared_ptr<Mark>> marks;
+  for (const Stream stream : streams) marks.push_back(arena->mark(stream));
+  {
+    const Guard guard(mutex_);
+    if (!arena_) return;
+    for (size_t block = 0; block < held_.size(); ++block) {
+      if (std::exchange(held_[block], uint8_t{0}) != 0) let_go(static_cast<Block>(block), marks);
+    }
+    keep_ = 0;
+    arena_.reset();
+  }
+  arena->retire(*this);
+}
+
+}  // namespace tem

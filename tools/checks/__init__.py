@@ -1,0 +1,24 @@
+"""The steps of tools/check.py, cheapest first: a slip in one line should not wait for the sanitizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from checks import packaging, product, sanitizers, static
+
+# A step returns what it found out (its first line stands in its row), or raises Failed or Skipped.
+STEPS: dict[str, Callable[[], str]] = {
+    "lint": static.lint,
+    "types": static.types,
+    "layers": static.layers,
+    "startup": product.startup,
+    "suites": product.suites,
+    "demo": product.demo,
+    "asan": sanitizers.asan,
+    "tsan": sanitizers.tsan,
+    "pythons": packaging.pythons,
+    "wheel-cuda": packaging.wheel_cuda,
+}
+
+# Left out of a run that names no steps, except in CI.
+ON_REQUEST = {"wheel-cuda": "installs several GB"}

@@ -1,0 +1,37 @@
+"""Runs the tests of the core on another build of it: python instrumented.py FOLDER [pytest's arguments].
+
+FOLDER is where the package must come from; PYTHONPATH has to lead there. Tests of the core are those that take a
+rung, and those marked `core`, since a state machine of hypothesis takes none.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+
+class CoreTests:
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        core = [item for item in items if takes_rung(item) or item.get_closest_marker("core")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in core])
+        items[:] = core
+
+
+def takes_rung(item: pytest.Item) -> bool:
+    return "rung" in getattr(item, "fixturenames", ())
+
+
+def main() -> int:
+    folder, *arguments = sys.argv[1:]
+    # Imported before pytest puts the repository's root on sys.path, and with it the everyday build.
+    from torch_elastic_mem import _C
+
+    if not Path(str(_C.__file__)).is_relative_to(folder):
+        sys.exit(f"the tests would run on {_C.__file__}, which is not under {folder}")
+    return pytest.main(arguments, plugins=[CoreTests()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

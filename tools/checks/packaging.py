@@ -1,0 +1,89 @@
+"""Steps that build the package from its source archive and install it where nothing else is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from checks.shell import BUILD, PYTHON, ROOT, Skipped, run
+
+SUPPORTED = ("3.11", "3.12", "3.13")
+ARCHIVE = "from setuptools.build_meta import build_sdist; print(build_sdist({folder!r}))"
+BUILD_TOOLS = ("pybind11>=2.13", "setuptools>=77", "wheel")
+
+IMPORTS = """
+import importlib.util
+import torch_elastic_mem._C
+assert importlib.util.find_spec("torch_elastic_mem.integrations"), "the linked package is not in the archive"
+assert importlib.util.find_spec("torch_elastic_mem._torch") is None, "built without torch, yet it is there"
+"""
+
+ALLOCATES = """
+import torch
+import torch_elastic_mem as tem
+import torch_elastic_mem._torch
+assert torch.version.cuda, "this torch is no CUDA build"
+with tem.Arena("host", capacity="256MiB") as arena, arena.account("tenant") as account:
+    with account.allocations():
+        held = torch.ones(1 << 20)
+    assert account.held >= held.nbytes, (account.held, held.nbytes)
+    assert float(held.sum()) == held.numel()
+    del held
+print(torch.__version__)
+"""
+
+
+def pythons() -> str:
+    """The source archive builds and imports under the other supported interpreters, without torch."""
+    running = f"{sys.version_info.major}.{sys.version_info.minor}"
+    others = [version for version in SUPPORTED if version != running]
+    found = {version: base for version in others if (base := interpreter(version))}
+    if not found:
+        raise Skipped(f"no python {' or '.join(others)} on this machine")
+    archive = source_archive()
+    for version, base in found.items():
+        python = environment(f"python-{version}", base)
+        pip_install(python, *BUILD_TOOLS)
+        pip_install(python, "--no-build-isolation", "--no-deps", archive)
+        run(python, "-P", "-c", IMPORTS)
+    return f"the source archive builds on {' and '.join(found)}"
+
+
+def wheel_cuda() -> str:
+    """The torch extension compiles against a CUDA torch without nvcc, and works without a GPU."""
+    python = environment("wheel-cuda", PYTHON)
+    pip_install(python, "-r", ROOT / "requirements" / "torch-cuda.txt", *BUILD_TOOLS)
+    pip_install(python, "--no-build-isolation", source_archive())
+    return f"CPU allocator of torch {run(python, '-P', '-c', ALLOCATES).strip()}"
+
+
+def interpreter(version: str) -> str | None:
+    """A working interpreter of that version, on PATH or among those that pyenv keeps."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    kept = sorted(pyenv.glob(f"versions/{version}.*/bin/python{version}"))
+    for candidate in [shutil.which(f"python{version}"), *map(str, kept)]:
+        # What PATH finds may be a shim for a version that is not selected.
+        if candidate and subprocess.run([candidate, "-c", ""], capture_output=True).returncode == 0:
+            return candidate
+    return None
+
+
+def environment(name: str, base: str) -> Path:
+    """A virtual environment of the interpreter `base`; its python."""
+    folder = BUILD / name
+    run(base, "-m", "venv", folder)
+    return folder / "bin" / "python"
+
+
+def pip_install(python: Path, *arguments: str | Path) -> None:
+    run(python, "-m", "pip", "install", "--quiet", *arguments)
+
+
+def source_archive() -> Path:
+    """The source archive of the tree as it is."""
+    folder = BUILD / "archive"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / run(PYTHON, "-c", ARCHIVE.format(folder=str(folder))).strip().splitlines()[-1]

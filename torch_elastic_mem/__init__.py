@@ -1,0 +1,98 @@
+"""One arena of elastic GPU memory for several tenants: addresses stay, memory comes and goes beneath them.
+
+    import torch_elastic_mem as tem
+
+    arena = tem.Arena("host", capacity="4GiB")
+    training = arena.account("training", "training")
+    serving = arena.account("serving", "serving")
+
+Importing the package loads values only. What needs the compiled core, or torch, is loaded when it is first
+named.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from torch_elastic_mem.errors import (
+    AdmissionError,
+    BlockError,
+    ClosedError,
+    DriverError,
+    DriverMissing,
+    ForkedError,
+    InUseError,
+    InvalidArgument,
+    NotResident,
+    OutOfMemory,
+    TemError,
+)
+
+# `priority` names a module and a function. Python binds a module to its package when it is first loaded: the
+# function is bound here, after that, and stays.
+from torch_elastic_mem.priority import PriorityClass, priority
+from torch_elastic_mem.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from torch_elastic_mem.arena import Account, Arena
+    from torch_elastic_mem.block_pool import BlockPool, Compaction
+    from torch_elastic_mem.elastic_kv import ElasticKVTensor
+    from torch_elastic_mem.snapshot import AccountSnapshot, Snapshot, YieldRecord
+    from torch_elastic_mem.torch_hooks import is_out_of_memory, torch_allocator
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Account": "arena",
+    "AccountSnapshot": "snapshot",
+    "Arena": "arena",
+    "BlockPool": "block_pool",
+    "Compaction": "block_pool",
+    "ElasticKVTensor": "elastic_kv",
+    "Snapshot": "snapshot",
+    "YieldRecord": "snapshot",
+    "is_out_of_memory": "torch_hooks",
+    "torch_allocator": "torch_hooks",
+}
+
+__all__ = [
+    "Account",
+    "AccountSnapshot",
+    "AdmissionError",
+    "Arena",
+    "BlockError",
+    "BlockPool",
+    "ClosedError",
+    "Compaction",
+    "DriverError",
+    "DriverMissing",
+    "ElasticKVTensor",
+    "ForkedError",
+    "InUseError",
+    "InvalidArgument",
+    "NotResident",
+    "OutOfMemory",
+    "PriorityClass",
+    "Snapshot",
+    "TemError",
+    "YieldRecord",
+    "format_bytes",
+    "is_out_of_memory",
+    "parse_bytes",
+    "priority",
+    "torch_allocator",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Loads what is not a plain value when it is first asked for (PEP 562)."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

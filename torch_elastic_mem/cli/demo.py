@@ -1,0 +1,56 @@
+"""`tem demo`."""
+
+from __future__ import annotations
+
+import pathlib
+
+import click
+
+import torch_elastic_mem as tem
+
+
+class Bytes(click.ParamType[int]):
+    """A size such as 4GiB."""
+
+    name = "size"
+
+    def convert(self, value: int | str, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Reads a size, or fails with the usage."""
+        try:
+            return tem.parse_bytes(value)
+        except tem.InvalidArgument as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.command()
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="How long it may take, about.")
+@click.option("--capacity", type=Bytes(), help="Memory of the arena, such as 256MiB.")
+@click.option("--backend", type=click.Choice(["auto", "host", "cuda"]), default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and nothing else on stdout.")
+@click.option("--plain", is_flag=True, help="Print lines instead of the live view.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=pathlib.Path),
+    default="tem-demo",
+    show_default=True,
+    help="Folder for the picture and the report.",
+)
+@click.pass_context
+def demo(
+    ctx: click.Context,
+    seconds: float | None,
+    capacity: int | None,
+    backend: str,
+    as_json: bool,
+    plain: bool,
+    out: pathlib.Path,
+) -> None:
+    """Train and serve a small model from one arena.
+
+    A byte-level transformer is fine-tuned on text of this machine while the same architecture serves bursts
+    of requests. Bursts make training yield memory, quiet gives it back. At the end, both are compared with
+    runs that had all the memory to themselves.
+    """
+    from torch_elastic_mem.demo.main import run_demo
+
+    ctx.exit(run_demo(seconds, capacity, backend, as_json, plain, out))

@@ -1,0 +1,49 @@
+"""The group of `tem`: its commands by name, and how an error reaches a person."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import click
+
+import torch_elastic_mem as tem
+
+# Each command is an attribute of that name in a module of that name, beside this one.
+COMMANDS = {
+    "demo": "Train and serve a small model from one arena, and prove that nothing was lost.",
+}
+
+
+class Commands(click.Group):
+    """A group that imports a command when it is run, and not to list it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, in the order that help shows them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Imports the command of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"torch_elastic_mem.cli.{cmd_name}"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the commands from the table above."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs a command. An error of the package's own is a message and exit code 2, not a traceback."""
+        try:
+            return super().invoke(ctx)
+        except tem.TemError as error:
+            click.echo(f"tem: {error}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(tem.__version__, prog_name="tem")
+def main() -> None:
+    """Elastic GPU memory for several tenants of one machine."""
