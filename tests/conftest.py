@@ -1,5 +1,7 @@
-"""The three rungs. A test that takes `rung` runs on the host backend, on the real CUDA backend over the fake driver, and,
-where there is a GPU and `--rung` says so, on that.
+"""The three rungs.
+
+A test that takes `rung` runs on the host backend, on the real CUDA backend over the fake driver,
+and, where there is a GPU and `--rung` says so, on that.
 """
 
 from __future__ import annotations
@@ -48,5 +50,6 @@ def rung(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         made = FakeRung(request.getfixturevalue("fake_library"), monkeypatch)
     else:
         made = CudaRung()
+    made.watch_reclaimers(monkeypatch)
     yield made
     made.close()

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import sys
+import traceback
+import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +15,7 @@ import pytest
 
 import torch_elastic_mem as tem
 from torch_elastic_mem import _C
+from torch_elastic_mem.account import Reclaimer
 
 MiB = 1 << 20
 
@@ -24,6 +30,21 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
+def forget_locals(failed: BaseException | None) -> None:
+    if failed is None:
+        return
+    traceback.clear_frames(failed.__traceback__)
+    for frame, _ in traceback.walk_tb(failed.__traceback__):
+        frame.f_locals  # noqa: B018  (before Python 3.13 a copy, which only a look brings up to date)
+
+
+def is_open(arena: tem.Arena) -> bool:
+    try:
+        return arena.capacity > 0
+    except tem.ClosedError:
+        return False
+
+
 class Rung:
     """Common to all. Arenas and streams it made are closed with it."""
 
@@ -33,6 +54,7 @@ class Rung:
     def __init__(self) -> None:
         self._arenas: list[tem.Arena] = []
         self._streams: list[Stream] = []
+        self._reclaimers: list[Reclaimer] = []
 
     def arena(
         self,
@@ -48,6 +70,16 @@ class Rung:
         )
         self._arenas.append(made)
         return made
+
+    def watch_reclaimers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Removes at the end what tests register: a callback that owns its account keeps the arena open for ever."""
+        register = tem.Account.on_reclaim
+
+        def registered(account: tem.Account, *args: Any, **kwargs: Any) -> Reclaimer:
+            self._reclaimers.append(register(account, *args, **kwargs))
+            return self._reclaimers[-1]
+
+        monkeypatch.setattr(tem.Account, "on_reclaim", registered)
 
     def stream(self) -> Stream:
         made = self._new_stream()
@@ -68,7 +100,16 @@ class Rung:
     def close(self) -> None:
         for stream in self._streams:
             stream.complete()
+        for reclaimer in self._reclaimers:
+            with suppress(tem.TemError):  # closed by the test
+                reclaimer.remove()
+        alive = [weakref.ref(arena) for arena in self._arenas if is_open(arena)]
         self._arenas.clear()
+        # An exception that a test caught, or failed with, holds its frame, and so an arena, of which a
+        # device has but one.
+        if any(arena() is not None for arena in alive):
+            forget_locals(getattr(sys, "last_value", None))
+            gc.collect()
         for stream in self._streams:
             stream.close()
 

@@ -16,9 +16,9 @@ PYTHON_LAYERS = (
     ("units",),
     ("priority", "snapshot"),
     ("_C", "_torch"),
-    ("elastic_range",),
-    ("arena", "residency_check"),
-    ("elastic_kv", "torch_hooks"),
+    ("device", "cpu_allocator", "elastic_range", "residency_check"),
+    ("account",),
+    ("arena", "elastic_kv", "torch_hooks"),
     ("block_pool",),
     ("__init__",),
     ("demo", "integrations"),
@@ -27,6 +27,7 @@ PYTHON_LAYERS = (
 # What these must not import while they are imported themselves; inside a function they may.
 NEVER_AT_IMPORT = {
     "__init__": {"torch", "rich", "matplotlib", "torch_elastic_mem._C"},
+    "account": {"torch", "torch_elastic_mem.cpu_allocator"},
     "arena": {"torch", "rich", "matplotlib"},
     "elastic_range": {"torch"},
     "cli": {"torch", "rich", "matplotlib", "torch_elastic_mem.demo", "torch_elastic_mem._C"},

@@ -78,15 +78,16 @@ def main() -> None:
     making.add_argument("folder", type=Path)
     making.add_argument("--torch", default="", help="a requirement that overrides requirements/torch.txt")
     adding = commands.add_parser(
-        "extra", help="install what an extra of pyproject.toml names, and not the package"
+        "extra", help="install what extras of pyproject.toml name, and not the package"
     )
-    adding.add_argument("name")
+    adding.add_argument("names", nargs="+")
     arguments = parser.parse_args()
     try:
         if arguments.command == "create":
             create(arguments.folder, arguments.torch)
         else:
-            install(sys.executable, *project()["project"]["optional-dependencies"][arguments.name])
+            extras = project()["project"]["optional-dependencies"]
+            install(sys.executable, *(line for name in arguments.names for line in extras[name]))
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)
 

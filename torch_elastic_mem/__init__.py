@@ -35,7 +35,8 @@ from torch_elastic_mem.priority import PriorityClass, priority
 from torch_elastic_mem.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from torch_elastic_mem.arena import Account, Arena
+    from torch_elastic_mem.account import Account
+    from torch_elastic_mem.arena import Arena
     from torch_elastic_mem.block_pool import BlockPool, Compaction
     from torch_elastic_mem.elastic_kv import ElasticKVTensor
     from torch_elastic_mem.snapshot import AccountSnapshot, Snapshot, YieldRecord
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Account": "arena",
+    "Account": "account",
     "AccountSnapshot": "snapshot",
     "Arena": "arena",
     "BlockPool": "block_pool",
@@ -85,13 +86,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """Loads what is not a plain value when it is first asked for (PEP 562)."""
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
+# Type checkers read the imports above; with this in sight they would let any name pass.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Loads what is not a plain value when it is first asked for (PEP 562)."""
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -13,8 +13,9 @@ from torch_elastic_mem.errors import InvalidArgument
 class Compaction:
     """Copies that empty extents, planned by `BlockPool.plan_compaction`. Ends with `commit()` or `abort()`.
 
-    Between the plan and its end, sources and destinations are both held: requests go on reading and writing the sources
-    until the copies are made. An engine copies between two steps, changes its block tables, and commits.
+    Between the plan and its end, sources and destinations are both held: requests go on reading and writing
+    the sources until the copies are made. An engine copies between two steps, changes its block tables, and
+    commits.
 
     Attributes:
         copies: (from, to) block numbers. No destination is a source.
@@ -31,19 +32,20 @@ class Compaction:
     def __bool__(self) -> bool:
         return bool(self.copies)
 
-    def _end(self) -> _C.CompactionPlan:
+    def _open_plan(self) -> _C.CompactionPlan:
         if self._plan is None:
             raise InvalidArgument("this compaction has been committed or aborted already")
-        plan, self._plan = self._plan, None
-        return plan
+        return self._plan
 
     def commit(self) -> None:
         """The copies are on the current stream: the sources go behind it.
 
         Raises:
-            InvalidArgument: ended already. BlockError: a source has been freed since the plan.
+            InvalidArgument: ended already. BlockError: a source has been freed since the plan; it can
+                still be aborted.
         """
-        self._pool.commit(self._end(), self._kv.stream())
+        self._pool.commit(self._open_plan(), self._kv.stream())
+        self._plan = None
 
     def abort(self) -> None:
         """Nothing was copied: the destinations go.
@@ -51,14 +53,15 @@ class Compaction:
         Raises:
             InvalidArgument: ended already.
         """
-        self._pool.abort(self._end(), self._kv.stream())
+        self._pool.abort(self._open_plan(), self._kv.stream())
+        self._plan = None
 
 
 class BlockPool:
     """Hands out the blocks of a KV cache. Thread-safe.
 
-    New blocks go to the fullest resident extent, at its lowest free address; where none has room, to the lowest address
-    without memory. What empties is then at the top, and goes as a whole.
+    New blocks go to the fullest resident extent, at its lowest free address; where none has room, to the
+    lowest address without memory. What empties is then at the top, and goes as a whole.
 
     Args:
         kv: the cache. Blocks held by its own `ensure()` are left alone.
@@ -90,7 +93,7 @@ class BlockPool:
             InvalidArgument: `n` is not a positive integer.
         """
         count = _count(n, "n")
-        return self._core.allocate(count, self._kv.stream(), self._kv.account.arena.seconds(timeout))
+        return self._core.allocate(count, self._kv.stream(), self._kv.account.device.seconds(timeout))
 
     def free(self, blocks: Iterable[int]) -> None:
         """Gives blocks back behind the work on the current stream.
@@ -101,10 +104,10 @@ class BlockPool:
         self._core.free(blocks, self._kv.stream())
 
     def cheapest(self) -> list[tuple[int, int, int, int]]:
-        """Extents with live blocks as (first block, last block, live blocks, bytes that come back), cheapest first.
+        """Extents with live blocks, cheapest to empty first.
 
-        Both ends are included; with blocks that do not divide extents, neighbours share one. Cheap is few live blocks
-        for the bytes.
+        Each as (first block, last block, live blocks, bytes that come back), both ends included. With
+        blocks that do not divide extents, neighbours share one. Cheap is few live blocks for the bytes.
         """
         return self._core.cheapest()
 
@@ -118,7 +121,7 @@ class BlockPool:
             The plan; false if there is nothing to gain.
         """
         most = self._kv.num_blocks if max_copies is None else _count(max_copies, "max_copies")
-        plan = self._core.plan_compaction(most, self._kv.stream(), self._kv.account.arena.seconds(None))
+        plan = self._core.plan_compaction(most, self._kv.stream(), self._kv.account.device.seconds(None))
         return Compaction(self._kv, self._core, plan)
 
 

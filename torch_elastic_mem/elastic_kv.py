@@ -10,8 +10,8 @@ from types import TracebackType
 import torch
 
 from torch_elastic_mem import _C
-from torch_elastic_mem.arena import Account
-from torch_elastic_mem.errors import ClosedError, InvalidArgument, InUseError
+from torch_elastic_mem.account import Account
+from torch_elastic_mem.errors import BlockError, ClosedError, InvalidArgument, NotResident, TemError
 from torch_elastic_mem.residency_check import ResidencyCheck
 from torch_elastic_mem.units import parse_bytes
 
@@ -21,12 +21,12 @@ LAYOUTS = ("block", "layer")
 class ElasticKVTensor:
     """A KV cache whose addresses are all there from the start and whose memory follows the blocks in use.
 
-    With the layout "block" one tensor holds everything, the block outermost, so that a block's bytes in all layers lie
-    together. With "layer" every layer has a tensor of its own; a block then has bytes in each, and the extents of all
-    layers come and go together.
+    With the layout "block" one tensor holds everything, the block outermost, so that a block's bytes in all
+    layers lie together. With "layer" every layer has a tensor of its own; a block then has bytes in each,
+    and the extents of all layers come and go together.
 
-    Reading or writing a block that is not resident is an access to unmapped memory: a fault on the host, an illegal
-    address on CUDA. Within `with kv.checked():` it is caught before, with a clear error.
+    Reading or writing a block that is not resident is an access to unmapped memory: a fault on the host, an
+    illegal address on CUDA. Within `with kv.checked():` it is caught before, with a clear error.
 
     Thread-safe.
 
@@ -40,8 +40,9 @@ class ElasticKVTensor:
         keep: idle bytes that stay mapped until somebody needs them; an int or a text such as "1GiB".
 
     Attributes:
-        tensors: with "block" one tensor of shape (num_blocks, *block_shape), or (num_blocks, layers, *block_shape);
-            with "layer" one of shape (num_blocks, *block_shape) a layer. Made without copying, contiguous.
+        tensors: with "block" one tensor of shape (num_blocks, *block_shape), or (num_blocks, layers,
+            *block_shape); with "layer" one of shape (num_blocks, *block_shape) a layer. Made without
+            copying, contiguous.
 
     Raises:
         InvalidArgument: a shape, dtype, layout or size that cannot be right.
@@ -66,6 +67,9 @@ class ElasticKVTensor:
         self.layout = layout
         self.dtype = dtype
         self.shape = shape
+        # torch.cuda.current_stream builds a Stream object, which costs ten times what ensure() does.
+        on_cuda = account.device.backend == "cuda" and torch.cuda.is_available()
+        self._device_index = account.device.index if on_cuda else None
         self.name = f"a KV cache of {num_blocks} blocks of {account.name}"
         self._stripe_block_bytes = math.prod(shape[1:]) * dtype.itemsize
         self._core = _C.BlockRange(
@@ -84,7 +88,8 @@ class ElasticKVTensor:
         return flat.view(self.dtype).view(self.shape)
 
     def __repr__(self) -> str:
-        return f"<ElasticKVTensor {self.shape} {self.dtype} in {self.layout} layout on {self._account.arena.device}>"
+        where = f"{self.layout} layout on {self._account.device.name}"
+        return f"<ElasticKVTensor {self.shape} {self.dtype} in {where}>"
 
     def __enter__(self) -> ElasticKVTensor:
         return self
@@ -148,22 +153,27 @@ class ElasticKVTensor:
         Raises:
             BlockError: out of range.
         """
-        return self._core.resident(block)
+        try:
+            return self._core.resident(block)
+        except TypeError:
+            raise BlockError(f"{self.name}: block {block!r} is no block number") from None
 
     def ensure(self, blocks: Iterable[int], *, timeout: float | None = None) -> None:
         """Makes blocks resident and held; those held already stay so. All or nothing.
 
-        Memory that another tenant wrote to reads as zeros, in the order of the current stream. Lower classes yield if
-        they must. For blocks that are held already it costs about a microsecond and takes no lock but the cache's own.
+        Memory that another tenant wrote to reads as zeros, in the order of the current stream. Lower classes
+        yield if they must. For blocks that are held already it costs about a microsecond and takes no lock
+        but the cache's own.
 
         Args:
             blocks: block numbers.
             timeout: seconds to wait for others to yield; None: the arena's `yield_timeout`.
 
         Raises:
-            BlockError: a block out of range. OutOfMemory: the memory is not to be had. Everything is as before.
+            BlockError: a block out of range. OutOfMemory: the memory is not to be had. Everything is as
+                before.
         """
-        self._core.ensure(blocks, self.stream(), self._account.arena.seconds(timeout))
+        self._core.ensure(blocks, self.stream(), self._account.device.seconds(timeout))
 
     def release(self, blocks: Iterable[int]) -> None:
         """Lets held blocks go. Work on the current stream so far may still touch them; memory goes after it.
@@ -177,23 +187,35 @@ class ElasticKVTensor:
 
     def stream(self) -> int:
         """The current CUDA stream as the driver knows it; 0 on the host."""
-        if self._account.arena.backend != "cuda" or not torch.cuda.is_available():
-            return 0
-        return torch.cuda.current_stream(self._account.arena.device).cuda_stream
+        return 0 if self._device_index is None else torch._C._cuda_getCurrentRawStream(self._device_index)
 
     def copy_blocks(self, copies: Iterable[tuple[int, int]]) -> None:
-        """Copies blocks (from, to), all layers, on the current stream. No destination may be a source as well."""
+        """Copies blocks (from, to), all layers, on the current stream.
+
+        No destination may be a source as well.
+
+        Raises:
+            BlockError: a block out of range. NotResident: one without memory. Nothing was copied.
+        """
         pairs = list(copies)
         if not pairs:
             return
+        if absent := {block for pair in pairs for block in pair if not self.is_resident(block)}:
+            raise NotResident(
+                f"{self.name}: blocks {sorted(absent)} have no memory to copy from or to; ensure() them"
+            )
         if {source for source, _ in pairs} & {target for _, target in pairs}:
-            raise InvalidArgument("copies whose destination is a source as well depend on their order; split them")
+            raise InvalidArgument(
+                "copies whose destination is a source as well depend on their order; split them"
+            )
+        # As bytes: torch copies no integers of less than one.
+        views = [tensor.view(self.num_blocks, -1).view(torch.uint8) for tensor in self._open_tensors()]
         for source, target in pairs:
-            for tensor in self.tensors:
-                tensor[target].copy_(tensor[source])
+            for view in views:
+                view[target].copy_(view[source])
 
     def checked(self) -> ResidencyCheck:
-        """Debug mode: within `with kv.checked():` every torch operation of this thread on the tensors is checked first.
+        """Debug mode: within `with kv.checked():` this thread's operations on the tensors are checked first.
 
         Raises:
             NotResident: within the block, by an operation that would touch a block without memory behind it.
@@ -212,7 +234,7 @@ class ElasticKVTensor:
         del tensors
         try:
             self._core.close()
-        except InUseError:
+        except TemError:
             self.tensors = [self._tensor(stripe) for stripe in range(count)]
             raise
 
@@ -229,11 +251,15 @@ def _shape(
     if not isinstance(dtype, torch.dtype):
         raise InvalidArgument(f"unknown dtype {dtype!r}: give a torch.dtype")
     if str(dtype).startswith(("torch.qint", "torch.quint")):
-        raise InvalidArgument(f"{dtype} carries its scale outside the bytes: use the integer dtype beneath it")
+        raise InvalidArgument(
+            f"{dtype} carries its scale outside the bytes: use the integer dtype beneath it"
+        )
     if layout not in LAYOUTS:
         raise InvalidArgument(f"unknown layout {layout!r}: use one of {', '.join(LAYOUTS)}")
     if layout == "layer" and layers is None:
         raise InvalidArgument("the layout 'layer' needs the number of layers")
+    if not isinstance(block_shape, Sequence) or isinstance(block_shape, str):
+        raise InvalidArgument(f"block_shape is {block_shape!r}; it is a sequence of sizes")
     sizes = {"num_blocks": num_blocks, "layers": 1 if layers is None else layers}
     sizes |= {f"block_shape[{i}]": size for i, size in enumerate(block_shape)}
     for name, size in sizes.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch_elastic_mem import _C
 from torch_elastic_mem.errors import InvalidArgument
 from torch_elastic_mem.units import format_bytes, parse_bytes
@@ -13,11 +15,20 @@ class ElasticRange:
     Thread-safe, except that two threads that grow or shrink at once disagree about the end.
     """
 
-    def __init__(self, account: _C.Account, name: str, nbytes: int, keep: int, granularity: int) -> None:
+    def __init__(
+        self,
+        account: _C.Account,
+        name: str,
+        nbytes: int,
+        keep: int,
+        granularity: int,
+        seconds: Callable[[float | None], float],
+    ) -> None:
         if nbytes == 0:
             raise InvalidArgument("a range of zero bytes has no addresses; ask for at least one byte")
         self._account = account
         self._granularity = granularity
+        self._seconds = seconds
         self._units = -(-nbytes // granularity)
         self._held = 0
         self._name = f"a range of {format_bytes(nbytes)} of {name}"
@@ -52,20 +63,26 @@ class ElasticRange:
         return count
 
     def grow(
-        self, nbytes: int | str, *, extent: int | None = None, stream: int = 0, timeout: float = 1.0
+        self,
+        nbytes: int | str,
+        *,
+        extent: int | None = None,
+        stream: int = 0,
+        timeout: float | None = None,
     ) -> None:
         """Puts memory under the next `nbytes`, rounded up to the granularity. All or nothing.
 
         Args:
             nbytes: how many bytes more.
-            extent: the size of every extent, for measurements; fixed by the first growth. None: the arena chooses.
+            extent: the size of every extent, for measurements; fixed by the first growth. None: the arena
+                chooses.
             stream: the CUDA stream on which memory that another tenant wrote to is zeroed.
-            timeout: seconds to wait for others to yield.
+            timeout: seconds to wait for others to yield; None: the arena's `yield_timeout`.
 
         Raises:
             OutOfMemory: the memory is not to be had. InvalidArgument: beyond the range's addresses.
         """
-        count = self._count(nbytes)
+        count, seconds = self._count(nbytes), self._seconds(timeout)
         if count > self._units - self._held:
             raise InvalidArgument(
                 f"{self._name} cannot grow by {format_bytes(count * self._granularity)}: "
@@ -76,7 +93,7 @@ class ElasticRange:
                 raise InvalidArgument("the extent size of a range is fixed by its first growth")
             self._core = self._make(extent)
             self._extent = extent
-        self._core.ensure(range(self._held, self._held + count), stream, timeout)
+        self._core.ensure(range(self._held, self._held + count), stream, seconds)
         self._held += count
 
     def shrink(self, nbytes: int | str, *, stream: int = 0) -> None:

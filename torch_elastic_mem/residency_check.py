@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torch_elastic_mem.errors import NotResident
 
-# Operations that read or write only the rows their indices name, with the argument that holds the indices. Their first
-# argument is the tensor that is indexed, along dimension 0 where a `dim` argument says so.
+# Operations that read or write only the rows their indices name, with the argument that holds the indices.
+# Their first argument is the tensor that is indexed, along dimension 0 where a `dim` argument says so.
 _BY_ROWS = {
     "aten::index_select": 2,
     "aten::index_copy": 2,
@@ -21,23 +22,48 @@ _BY_ROWS = {
     "aten::index_fill_": 2,
 }
 _BY_INDICES = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+# Operations that ask a tensor for its shape, dtype or device alone.
+_BY_SHAPE = {
+    f"aten::{name}"
+    for name in (
+        *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
+        *("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"),
+        *("detach", "size", "sym_size", "is_pinned", "is_same_size", "record_stream"),
+    )
+}
+# Methods that read a tensor's memory by other means than an ATen operation that a mode would see.
+_READERS = (torch.Tensor.__repr__, torch.Tensor.tolist)
 
 
 class ResidencyCheck(TorchDispatchMode):
     """A context manager, active on the thread that enters it. Made by `ElasticKVTensor.checked`.
 
-    Every ATen operation that reads or writes memory is checked: the blocks that the tensors' strides reach, or those
-    that an index names. Views and shape questions touch nothing. Operations from outside ATen see the whole cache and
-    choose blocks by tables of their own; they are let through.
+    Every ATen operation that reads or writes memory is checked: the blocks that the tensors' strides reach,
+    or those that an index names. Views and shape questions touch nothing. Operations from outside ATen see
+    the whole cache and choose blocks by tables of their own; they are let through.
     """
 
     def __init__(
         self, name: str, regions: Iterable[tuple[int, int]], is_resident: Callable[[int], bool]
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._name = name
         self._block_bytes = dict(regions)  # by address of the storage
         self._is_resident = is_resident
+        self._readers = _Readers(self)
+
+    def __enter__(self) -> ResidencyCheck:
+        self._readers.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._readers.__exit__(*error)
+
+    def check_reader(self, name: str, tensor: torch.Tensor) -> None:
+        """Refuses a method that reads all of a tensor's elements."""
+        self._refuse(name, self._reached(tensor))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -66,30 +92,27 @@ class ResidencyCheck(TorchDispatchMode):
             return
         shown = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
         raise NotResident(
-            f"{operation} would touch {len(absent)} blocks without memory in {self._name}: {shown}; call ensure() for "
-            "them first, or index only the blocks that are held"
+            f"{operation} would touch {len(absent)} blocks without memory in {self._name}: {shown}; "
+            "call ensure() for them first, or index only the blocks that are held"
         )
 
     def _ours(self, tensor: torch.Tensor) -> bool:
         return tensor.numel() > 0 and tensor.untyped_storage().data_ptr() in self._block_bytes
 
     def _reached(self, tensor: torch.Tensor) -> Iterable[int]:
-        """The blocks that a tensor's elements lie in, exactly for the outermost dimension."""
+        """The blocks that a tensor's elements lie in; exact unless several dimensions stride in a block."""
         if not self._ours(tensor):
             return ()
         item = tensor.element_size()
         size = self._block_bytes[tensor.untyped_storage().data_ptr()]
-        dims = sorted(zip(tensor.stride(), tensor.size(), strict=True), reverse=True)
-        start = tensor.storage_offset() * item
-        blocks: set[int] = set()
-        while dims and dims[0][1] == 1:
-            dims.pop(0)
-        step, count = dims.pop(0) if dims else (0, 1)
-        extent = sum((length - 1) * stride for stride, length in dims) * item + item
-        for i in range(count):
-            first = start + i * step * item
-            blocks.update(range(first // size, (first + extent - 1) // size + 1))
-        return sorted(blocks)
+        starts = {tensor.storage_offset() * item}
+        extent = item  # bytes from a start to the end of what is reached without skipping a block
+        for stride, length in zip(tensor.stride(), tensor.size(), strict=True):
+            if stride * item >= size:
+                starts = {start + i * stride * item for start in starts for i in range(length)}
+            else:
+                extent += (length - 1) * stride * item
+        return sorted({b for at in starts for b in range(at // size, (at + extent - 1) // size + 1)})
 
     def _rows(self, tensor: torch.Tensor, index: torch.Tensor) -> Iterable[int]:
         if not self._ours(tensor):
@@ -109,11 +132,26 @@ class ResidencyCheck(TorchDispatchMode):
         return self._rows(tensor, first)
 
 
+class _Readers(TorchFunctionMode):
+    def __init__(self, check: ResidencyCheck) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._check = check
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _READERS:
+            self._check.check_reader(f"Tensor.{func.__name__}", args[0])
+        return func(*args, **(kwargs or {}))
+
+
 def _is_view(func: Any) -> bool:
     """An operation that touches no memory: it aliases its input without writing, or returns no tensor."""
     schema = func._schema
-    returns_alias = any(value.alias_info is not None and not value.alias_info.is_write for value in schema.returns)
-    return returns_alias or schema.name in ("aten::detach", "aten::sym_size", "aten::size", "aten::is_pinned")
+    returns_alias = any(
+        value.alias_info is not None and not value.alias_info.is_write for value in schema.returns
+    )
+    return returns_alias or schema.name in _BY_SHAPE
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

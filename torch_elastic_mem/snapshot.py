@@ -21,7 +21,7 @@ class AccountSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         weight: its share of what is left, against accounts of the same value.
         given: yielded to other accounts since it was opened.
         taken: received from other accounts' yields since it was opened.
-        yields: how often it was asked to yield.
+        yields: how often it gave some.
         denied: how many of its own demands were refused.
     """
 

@@ -20,8 +20,9 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   void free(void* pointer) { heap_of(pointer).free(pointer); }
   void record_stream(void* pointer, Stream stream) { heap_of(pointer).record_stream(pointer, stream); }
   size_t live_bytes() { return small_->live_bytes() + large_->live_bytes(); }
-  bool serves_host() const { return host_; }
-  bool serves_cuda(int device) const { return !host_ && device_ == device; }
+  /// A child of fork() is served by nobody: its allocations go where they went without this package.
+  bool serves_host() const { return host_ && born_.here(); }
+  bool serves_cuda(int device) const { return !host_ && device_ == device && born_.here(); }
   bool contains(const void* pointer) const { return small_->contains(pointer) || large_->contains(pointer); }
   /// Error{kInUse} while blocks live.
   void retire();
@@ -30,6 +31,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   Allocator() = default;
   Heap& heap_of(const void* pointer) { return small_->contains(pointer) ? *small_ : *large_; }
 
+  const BornHere born_;
   std::shared_ptr<Heap> small_;
   std::shared_ptr<Heap> large_;
   int device_ = 0;

@@ -28,6 +28,7 @@ std::shared_ptr<Heap> Heap::make(std::shared_ptr<Arena> arena, AccountId account
 Heap::Heap(std::shared_ptr<Arena> arena, AccountId account, std::string name, size_t bytes)
     : account_(account),
       name_(std::move(name)),
+      device_(arena->handles().shared_from_this()),
       range_(std::make_unique<Range>(arena->handles(), bytes)),
       arena_(std::move(arena)) {
   spans_[0] = Span{range_->bytes(), State::kAbsent, 0, {}, {}};
@@ -147,15 +148,18 @@ void Heap::free(void* pointer) {
   if (!born_.here()) return;
   const Guard guard(mutex_);
   const auto span = used_at(pointer, "free");
-  live_bytes_ -= span->second.bytes;
-  --live_blocks_;
   Span& block = span->second;
-  if (block.others.empty()) {
-    set_free(span, block.stream, Fence());
+  // Recorded before anything changes: where the driver refuses, the block lives on.
+  Fence fence;
+  for (const Stream other : block.others) fence.add(mark(other));
+  const bool parks = !block.others.empty();
+  if (!parks) fence = fence_of_free(span);
+  live_bytes_ -= block.bytes;
+  --live_blocks_;
+  if (!parks) {
+    set_free(span, block.stream, std::move(fence));
     return;
   }
-  Fence fence;
-  for (const Stream other : block.others) fence.add(arena_->mark(other));
   block.others.clear();
   block.state = State::kParked;
   block.fence = std::move(fence);
@@ -177,16 +181,41 @@ void Heap::unpark() {
       ++it;
       continue;
     }
+    Fence fence;
+    try {
+      fence = fence_of_free(span);
+    } catch (const Error&) {
+      // No event to be had from the driver now: it stays parked, and the next look tries again.
+      ++it;
+      continue;
+    }
     it = parked_.erase(it);
-    set_free(span, span->second.stream, Fence());
+    set_free(span, span->second.stream, std::move(fence));
   }
+}
+
+/// What the extents wait for that a free of the block at `span` completes. An event costs about a
+/// microsecond: only such a free needs one, and it covers the earlier frees of the same stream.
+Fence Heap::fence_of_free(Spans::const_iterator span) const {
+  const Stream stream = span->second.stream;
+  const size_t end = span->first + span->second.bytes;
+  size_t free_begin = span->first;
+  size_t free_end = end;
+  if (const auto next = std::next(span); joins(next, stream)) free_end += next->second.bytes;
+  if (span != spans_.begin() && joins(std::prev(span), stream)) free_begin = std::prev(span)->first;
+  Fence fence;
+  for (auto extent = std::prev(extents_.upper_bound(span->first));
+       extent != extents_.end() && extent->first < end; ++extent) {
+    if (extent->first < free_begin || extent->first + extent->second > free_end) continue;
+    auto now = mark(stream);
+    if (!now->passed()) fence.add(std::move(now));
+    break;
+  }
+  return fence;
 }
 
 /// Lists an unlisted span as free, joined with free neighbours of its stream.
 void Heap::set_free(Spans::iterator span, Stream stream, Fence fence) {
-  const auto joins = [&](Spans::iterator other) {
-    return other->second.state == State::kFree && other->second.stream == stream;
-  };
   const auto swallow = [&](Spans::iterator into, Spans::iterator from) {
     fence.add(from->second.fence);
     into->second.bytes += from->second.bytes;
@@ -194,22 +223,16 @@ void Heap::set_free(Spans::iterator span, Stream stream, Fence fence) {
   };
   span->second.state = State::kFree;
   span->second.stream = stream;
-  if (const auto next = std::next(span); next != spans_.end() && joins(next)) {
+  if (const auto next = std::next(span); joins(next, stream)) {
     unlist(next);
     swallow(span, next);
   }
-  if (span != spans_.begin() && joins(std::prev(span))) {
+  if (span != spans_.begin() && joins(std::prev(span), stream)) {
     const auto previous = std::prev(span);
     unlist(previous);
     fence.add(previous->second.fence);
     swallow(previous, span);
     span = previous;
-  }
-  // An event costs about a microsecond: only a free that completes an extent needs one.
-  const auto extent = extents_.lower_bound(span->first);
-  if (extent != extents_.end() && extent->first + extent->second <= span->first + span->second.bytes) {
-    auto mark = arena_->mark(stream);
-    if (!mark->passed()) fence.add(std::move(mark));
   }
   span->second.fence = std::move(fence);
   free_.insert({stream, span->second.bytes, span->first});
@@ -237,7 +260,12 @@ Idle Heap::idle() {
   Idle idle;
   for_each_idle_extent(
       [&](Piece extent, Span& span) { (span.fence.passed() ? idle.ready : idle.pending) += extent.bytes; });
-  if (keep_) idle.kept = idle.ready + idle.pending;
+  if (keep_) {
+    idle.kept = idle.ready + idle.pending;
+  } else {
+    // Nothing lives in a retired heap, but streams may still use what is parked.
+    idle.pending = mapped_ - idle.ready;
+  }
   return idle;
 }
 
@@ -249,7 +277,7 @@ bool Heap::waiting() {
   return idle().pending != 0;
 }
 
-void Heap::trim(size_t bytes, bool kept, std::vector<Leaving>& out) {
+void Heap::trim(size_t bytes, size_t most, bool kept, std::vector<Leaving>& out) {
   const Guard guard(mutex_);
   if (keep_ && !kept) return;
   unpark();
@@ -260,6 +288,7 @@ void Heap::trim(size_t bytes, bool kept, std::vector<Leaving>& out) {
   size_t freed = 0;
   // From the top down: allocation fills from the bottom up.
   for (auto extent = going.rbegin(); extent != going.rend() && freed < bytes; ++extent) {
+    if (extent->bytes > most - freed) continue;
     freed += extent->bytes;
     auto span = std::prev(spans_.upper_bound(extent->offset));
     unlist(span);

@@ -48,7 +48,7 @@ class Heap final : public Tenant, public std::enable_shared_from_this<Heap> {
   std::string name() const override { return name_; }
   Idle idle() override;
   bool waiting() override;
-  void trim(size_t bytes, bool kept, std::vector<Leaving>& out) override;
+  void trim(size_t bytes, size_t most, bool kept, std::vector<Leaving>& out) override;
   void stay(const Leaving& leaving) override;
 
  private:
@@ -73,6 +73,11 @@ class Heap final : public Tenant, public std::enable_shared_from_this<Heap> {
   void* grow(size_t bytes, Stream stream, Deadline deadline);
   Piece find_absent(size_t bytes, size_t granularity);
   void split(Spans::iterator span, size_t bytes);
+  std::shared_ptr<Mark> mark(Stream stream) const { return std::make_shared<Mark>(*device_, stream); }
+  bool joins(Spans::const_iterator span, Stream stream) const {
+    return span != spans_.end() && span->second.state == State::kFree && span->second.stream == stream;
+  }
+  Fence fence_of_free(Spans::const_iterator span) const;
   void set_free(Spans::iterator span, Stream stream, Fence fence);
   void unlist(Spans::iterator span);
   void join_absent(Spans::iterator span);
@@ -83,6 +88,7 @@ class Heap final : public Tenant, public std::enable_shared_from_this<Heap> {
   const AccountId account_;
   const std::string name_;
   const BornHere born_;
+  const std::shared_ptr<Device> device_;  // records fences also after retire()
   WriterId writer_ = kNobody;
   std::unique_ptr<Range> range_;
 

@@ -1,6 +1,7 @@
 #include "arena/arena.hpp"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "core/error.hpp"
@@ -140,21 +141,27 @@ AccountId Arena::open_account(const std::string& name, const Limits& limits) {
 }
 
 void Arena::close_account(AccountId id) {
+  std::vector<std::shared_ptr<Reclaimer>>
+      removed;  // outlive the lock: what their functions own may call back
   const Lock held = lock();
   const std::string name = ledger_.at(id).name;
   trim_idle(nullptr);
   for (const Seat& seat : seats_) {
     if (seat.account != id) continue;
-    throw Error(Kind::kInUse,
-                "account '" + name + "' still has " + seat.tenant->name() +
-                    (seat.retired ? ", closed but with a fence that has not passed; synchronize its stream"
-                                  : "; close it first"));
+    std::string why = "; close it first";
+    if (seat.retired && seat.tenant->idle().pending != 0) {
+      why = ", closed but with a fence that has not passed; synchronize its stream";
+    } else if (seat.retired) {
+      why = ", closed, but the driver refused to take its memory back (" + last_fault_ + "); try again";
+    }
+    throw Error(Kind::kInUse, "account '" + name + "' still has " + seat.tenant->name() + why);
   }
   ledger_.close(id);
   tallies_.erase(id);
-  reclaimers_.erase(
-      std::remove_if(reclaimers_.begin(), reclaimers_.end(), [&](const auto& r) { return r->account == id; }),
-      reclaimers_.end());
+  const auto gone = std::stable_partition(reclaimers_.begin(), reclaimers_.end(),
+                                          [&](const auto& reclaimer) { return reclaimer->account != id; });
+  removed.assign(std::make_move_iterator(gone), std::make_move_iterator(reclaimers_.end()));
+  reclaimers_.erase(gone, reclaimers_.end());
   changed_.notify_all();
 }
 
@@ -226,9 +233,17 @@ void Arena::give_back(AccountId id, size_t bytes) {
 
 size_t Arena::spare_target() const { return reserve_high_ - ledger_.reserve(); }
 
+/// Spare bytes that may be: up to `target`, and never more physical memory than may be leased.
+size_t Arena::spare_limit(size_t target) const {
+  const size_t elsewhere = device_->created - mapper_.spare().bytes();
+  const size_t leasable = ledger_.leasable();
+  return std::min(target, leasable > elsewhere ? leasable - elsewhere : 0);
+}
+
 void Arena::release_excess() noexcept {
   try {
-    mapper_.shrink_spare(spare_target());
+    // What a waiting demand will map next is not given to the driver only to be created again.
+    mapper_.shrink_spare(spare_limit(spare_target() + ledger_.queued()));
   } catch (const Error& error) {
     note_fault(error);
   }
@@ -236,7 +251,7 @@ void Arena::release_excess() noexcept {
 
 void Arena::settle_spare() noexcept {
   release_excess();
-  if (mapper_.spare().bytes() < spare_target()) wake_worker();
+  if (mapper_.spare().bytes() < spare_limit(spare_target())) wake_worker();
 }
 
 void Arena::note_fault(const Error& error) {
@@ -250,9 +265,8 @@ size_t Arena::refill() {
     // One extent a turn, so that a growth never waits for more than one create.
     const Lock held = lock();
     const size_t spare = mapper_.spare().bytes();
-    const size_t target = spare_target();
-    const size_t room =
-        std::min(target > spare ? target - spare : 0, ledger_.free() > spare ? ledger_.free() - spare : 0);
+    const size_t limit = std::min(spare_limit(spare_target()), ledger_.free());
+    const size_t room = limit > spare ? limit - spare : 0;
     if (room < granularity()) return created;
     const size_t size = std::min(kMaxExtent, floor_pow2(room));
     mapper_.add_spare(size);

@@ -164,6 +164,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
     Rung rung;
     ReclaimFn fn;
   };
+  using PlanFn = std::function<std::vector<Ask>(size_t missing, const Givable&)>;
   struct Tally {
     uint64_t given = 0, taken = 0, yields = 0, denied = 0;
   };
@@ -172,6 +173,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   static Options checked(Backend& backend, const Options& options);
   void require_open() const;
   size_t spare_target() const;
+  size_t spare_limit(size_t target) const;
   void give_back(AccountId id, size_t bytes);
   void release_excess() noexcept;
   void settle_spare() noexcept;
@@ -180,18 +182,20 @@ class Arena : public std::enable_shared_from_this<Arena> {
 
   // Yielding, in yield.cpp.
   size_t unmap(std::vector<Leaving>& leaving, const Seat& seat, std::exception_ptr* first);
-  size_t trim_seats(AccountId id, size_t bytes, bool kept, std::exception_ptr* first);
+  size_t trim_seats(AccountId id, size_t bytes, size_t most, bool kept, std::exception_ptr* first);
   size_t trim_idle(std::exception_ptr* first);
-  size_t pending_of(AccountId id);
+  size_t trim_victim(AccountId id, size_t bytes);
+  Idle idle_of(AccountId id);
   void record(AccountId demander, const std::string& label, AccountId victim, Rung rung, size_t asked,
               size_t given, Clock::time_point start);
-  bool trim_asked(const std::vector<Ask>& asks, AccountId demander, const std::string& label);
+  bool trim_others(size_t missing, AccountId demander, const std::string& label, const PlanFn& plan);
+  Givable givable(const std::vector<uint64_t>& asked, Rung worst);
   void drop_retired();
   bool anything_pending();
   std::shared_ptr<Reclaimer> next_reclaimer(const std::vector<Ask>& asks, const std::vector<uint64_t>& asked,
-                                            Rung worst);
+                                            Rung worst) const;
   void squeeze(Lock& lock, AccountId demander, const std::string& label, Deadline deadline, Rung worst,
-               const std::function<size_t()>& shortage, const std::function<std::vector<Ask>(size_t)>& plan);
+               const std::function<size_t()>& shortage, const PlanFn& plan);
   void trim_self(Lock& lock, AccountId id, size_t target, Rung worst, Deadline deadline);
 
   // The worker, in worker.cpp.

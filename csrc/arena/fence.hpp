@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "arena/handles.hpp"
+#include "core/error.hpp"
 
 namespace tem {
 
@@ -23,11 +24,16 @@ class Mark {
   }
 
   Stream stream() const { return stream_; }
-  bool passed() {
-    if (!passed_.load(std::memory_order_acquire) && device_->backend->passed(event_)) {
-      passed_.store(true, std::memory_order_release);
+  /// A driver that cannot say counts as not yet: what waits for the mark stays mapped.
+  bool passed() noexcept {
+    if (passed_.load(std::memory_order_acquire)) return true;
+    try {
+      if (!device_->backend->passed(event_)) return false;
+    } catch (const Error&) {
+      return false;
     }
-    return passed_.load(std::memory_order_acquire);
+    passed_.store(true, std::memory_order_release);
+    return true;
   }
 
  private:

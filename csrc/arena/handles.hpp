@@ -87,6 +87,8 @@ class Mapping {
   Extent unmap();
   /// Maps an extent where unmap() left nothing. Takes it only if the driver maps it.
   void remap(Extent&& extent);
+  /// Leaves it mapped for good: the device may still write to it.
+  void abandon() noexcept { extent_.abandon(); }
 
  private:
   Device* device_;

@@ -1,11 +1,16 @@
 #include "arena/mapper.hpp"
 
+#include <thread>
 #include <utility>
 
+#include "arena/fence.hpp"
+#include "core/clock.hpp"
 #include "core/error.hpp"
 
 namespace tem {
 namespace {
+
+constexpr double kDrain = 5.0;  // seconds
 
 /// Calls `visit(address, bytes)` for every run of neighbouring places in `[0, n)` that `wanted(i)` holds for.
 template <class Wanted, class Visit>
@@ -58,9 +63,24 @@ void Mapper::zero_foreign(const std::vector<Place>& places, const std::vector<Ma
   for_each_run(places, foreign, [&](Address at, size_t bytes) { device_.backend->zero(at, bytes, stream); });
 }
 
+/// Waits until what was queued on the stream has run. Only a refused memset comes here, after others were
+/// queued: their memory must not go while the device may still write to it.
+bool Mapper::drain(Stream stream) noexcept {
+  try {
+    Mark mark(device_, stream);
+    const Deadline deadline = deadline_in(kDrain);
+    while (!mark.passed() && Clock::now() < deadline)
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+    return mark.passed();
+  } catch (const Error&) {
+    return false;
+  }
+}
+
 void Mapper::map(const std::vector<Place>& places, WriterId writer, Stream stream) {
   std::vector<Taken> taken;
   std::vector<Mapping> made;
+  bool zeroing = false;
   taken.reserve(places.size());
   made.reserve(places.size());
   try {
@@ -70,12 +90,17 @@ void Mapper::map(const std::vector<Place>& places, WriterId writer, Stream strea
     for_each_run(
         places, [](size_t) { return true; },
         [&](Address at, size_t bytes) { device_.backend->allow(at, bytes); });
+    zeroing = true;
     zero_foreign(places, made, writer, stream);
     for (size_t i = 0; i < places.size(); ++i) {
       made[i].set_writer(writer);
       places[i].range->mappings_.emplace(places[i].piece.offset, std::move(made[i]));
     }
   } catch (...) {
+    if (zeroing && !drain(stream)) {
+      for (Mapping& mapping : made) mapping.abandon();
+      throw;
+    }
     for (size_t i = 0; i < made.size(); ++i) {
       try {
         taken[i].extent = made[i].unmap();

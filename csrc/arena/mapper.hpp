@@ -23,7 +23,8 @@ class Mapper {
   const ExtentPool& spare() const { return spare_; }
 
   /// Maps an extent at every place and makes it accessible; memory another writer used is zeroed on `stream`.
-  /// If any call fails, every mapping and every spare is as before and the error goes on.
+  /// If any call fails, every mapping is as before and the error goes on. A device that is full may cost
+  /// spares.
   void map(const std::vector<Place>& places, WriterId writer, Stream stream);
 
   /// Unmaps the extents at `places` into the spares. If any call fails, all of them are mapped as before.
@@ -32,8 +33,8 @@ class Mapper {
   /// Releases spares beyond `keep` bytes. A refusing driver leaves the rest spare and throws.
   void shrink_spare(size_t keep) { spare_.shrink_to(keep); }
 
-  /// Creates one spare extent.
-  void add_spare(size_t bytes) { spare_.put(create(bytes)); }
+  /// Creates one spare extent, at the cost of no other.
+  void add_spare(size_t bytes) { spare_.put(Extent(device_, bytes)); }
 
  private:
   struct Taken {
@@ -44,6 +45,7 @@ class Mapper {
   Taken take(size_t bytes);
   Extent create(size_t bytes);
   void put_back(std::vector<Taken>& taken) noexcept;
+  bool drain(Stream stream) noexcept;
   void zero_foreign(const std::vector<Place>& places, const std::vector<Mapping>& made, WriterId writer,
                     Stream stream);
 

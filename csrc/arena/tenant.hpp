@@ -39,10 +39,10 @@ class Tenant {
   /// True while idle extents that are not kept wait for a fence.
   virtual bool waiting() = 0;
 
-  /// Takes idle extents whose fence has passed out of use: at least `bytes` if there are that many, but only
-  /// what is not kept unless `kept` is set. Called with the arena's lock held: no driver call, no wait, no
-  /// arena.
-  virtual void trim(size_t bytes, bool kept, std::vector<Leaving>& out) = 0;
+  /// Takes idle extents whose fence has passed out of use: at least `bytes` if there are that many, never
+  /// more than `most`, and only what is not kept unless `kept` is set. Called with the arena's lock held: no
+  /// driver call, no wait, no arena.
+  virtual void trim(size_t bytes, size_t most, bool kept, std::vector<Leaving>& out) = 0;
 
   /// The driver refused to unmap them: they are idle as before.
   virtual void stay(const Leaving& leaving) = 0;

@@ -1,6 +1,7 @@
 // The arena's thread: it keeps warm extents at hand and takes back what was waiting for a fence, so that
 // neither a burst nor an idle tenant's memory waits for somebody's next call. Started when there is first
 // something to do.
+#include <system_error>
 #include <utility>
 
 #include "arena/arena.hpp"
@@ -15,7 +16,12 @@ constexpr auto kFenceTick = std::chrono::milliseconds(1);
 
 void Arena::start_worker() {
   if (worker_ || stopping_) return;
-  worker_ = std::make_unique<std::thread>([this] { work(); });
+  try {
+    worker_ = std::make_unique<std::thread>([this] { work(); });
+  } catch (const std::system_error& error) {
+    // A process that may have no more threads: what waits for a fence goes with the next call that looks.
+    note_fault(Error(Kind::kDriver, std::string("the arena's thread does not start: ") + error.what()));
+  }
 }
 
 void Arena::wake_worker() {

@@ -67,7 +67,8 @@ void Arena::record(AccountId demander, const std::string& label, AccountId victi
   if (given != 0) {
     tallies_.at(victim).given += given;
     tallies_.at(victim).yields += 1;
-    if (demander != kNobody) tallies_.at(demander).taken += given;
+    // A reclaimer may have closed the demander's account.
+    if (const auto taker = tallies_.find(demander); taker != tallies_.end()) taker->second.taken += given;
   }
   yields_.push_back({next_yield_++, nanoseconds(start), nanoseconds(Clock::now()) - nanoseconds(start), label,
                      ledger_.at(victim).name, rung, asked, given});
@@ -91,20 +92,28 @@ size_t Arena::unmap(std::vector<Leaving>& leaving, const Seat& seat, std::except
   return freed;
 }
 
-size_t Arena::trim_seats(AccountId id, size_t bytes, bool kept, std::exception_ptr* first) {
+size_t Arena::trim_seats(AccountId id, size_t bytes, size_t most, bool kept, std::exception_ptr* first) {
   size_t freed = 0;
   for (const Seat& seat : seats_) {
     if (seat.account != id || freed >= bytes) continue;
     std::vector<Leaving> leaving;
-    seat.tenant->trim(bytes - freed, kept, leaving);
+    seat.tenant->trim(bytes - freed, most - freed, kept, leaving);
     freed += unmap(leaving, seat, first);
   }
   return freed;
 }
 
+/// Idle extents go whole, so an ask may be exceeded; `min` is not.
+size_t Arena::trim_victim(AccountId id, size_t bytes) {
+  const Holding& victim = ledger_.at(id);
+  const size_t most = victim.held > victim.limits.min ? victim.held - victim.limits.min : 0;
+  return trim_seats(id, bytes, most, true, nullptr);
+}
+
 size_t Arena::trim_idle(std::exception_ptr* first) {
   size_t freed = 0;
-  for (const auto& [id, account] : ledger_.accounts()) freed += trim_seats(id, SIZE_MAX, false, first);
+  for (const auto& [id, account] : ledger_.accounts())
+    freed += trim_seats(id, SIZE_MAX, SIZE_MAX, false, first);
   drop_retired();
   return freed;
 }
@@ -145,91 +154,119 @@ size_t Arena::trim(AccountId id) {
   const Lock held = lock();
   (void)ledger_.at(id);
   std::exception_ptr first;
-  const size_t freed = trim_seats(id, SIZE_MAX, true, &first);
+  const size_t freed = trim_seats(id, SIZE_MAX, SIZE_MAX, true, &first);
   settle_spare();
   if (first) std::rethrow_exception(first);
   return freed;
 }
 
-size_t Arena::pending_of(AccountId id) {
-  size_t pending = 0;
+Idle Arena::idle_of(AccountId id) {
+  Idle sum;
   for (const Seat& seat : seats_) {
-    if (seat.account == id) pending += seat.tenant->idle().pending;
+    if (seat.account != id) continue;
+    const Idle idle = seat.tenant->idle();
+    sum.ready += idle.ready;
+    sum.pending += idle.pending;
+    sum.kept += idle.kept;
   }
-  return pending;
+  return sum;
 }
 
-bool Arena::trim_asked(const std::vector<Ask>& asks, AccountId demander, const std::string& label) {
-  bool progress = false;
-  for (const Ask& ask : asks) {
-    const auto start = Clock::now();
-    const size_t given = trim_seats(ask.victim, ask.bytes, true, nullptr);
-    if (given == 0) continue;
-    progress = true;
-    record(demander, label, ask.victim, Rung::kTrim, ask.bytes, given, start);
+/// Takes what is idle, whoever has it, before anybody is asked for more. True if anything came.
+bool Arena::trim_others(size_t missing, AccountId demander, const std::string& label, const PlanFn& plan) {
+  Givable ready;
+  for (const auto& [id, account] : ledger_.accounts()) ready[id] = idle_of(id).ready;
+  for (;;) {
+    const std::vector<Ask> asks = plan(missing, ready);
+    if (asks.empty()) return false;
+    bool progress = false;
+    for (const Ask& ask : asks) {
+      const auto start = Clock::now();
+      const size_t given = trim_victim(ask.victim, ask.bytes);
+      // Idle, but not to be had: its extents are larger than what is above `min`, or the driver refuses.
+      if (given == 0) {
+        ready.erase(ask.victim);
+        continue;
+      }
+      progress = true;
+      record(demander, label, ask.victim, Rung::kTrim, ask.bytes, given, start);
+    }
+    if (progress) return true;
   }
-  return progress;
+}
+
+/// What accounts may still give: all of it where a reclaimer has not been asked, else what waits for a fence.
+Givable Arena::givable(const std::vector<uint64_t>& asked, Rung worst) {
+  Givable out;
+  for (const auto& [id, account] : ledger_.accounts()) {
+    out[id] = next_reclaimer({{id, account.held}}, asked, worst) ? kUnlimited : idle_of(id).pending;
+  }
+  return out;
 }
 
 std::shared_ptr<Arena::Reclaimer> Arena::next_reclaimer(const std::vector<Ask>& asks,
-                                                        const std::vector<uint64_t>& asked, Rung worst) {
+                                                        const std::vector<uint64_t>& asked,
+                                                        Rung worst) const {
   // Asks come lowest class first. Within a class every account is asked for a cheap rung before any for a
-  // dear one.
-  size_t i = 0;
-  while (i < asks.size()) {
+  // dear one, and within a rung in the order of the asks.
+  for (size_t i = 0; i < asks.size();) {
     const int64_t value = ledger_.at(asks[i].victim).limits.value;
-    size_t end = i;
-    while (end < asks.size() && ledger_.at(asks[end].victim).limits.value == value) ++end;
-    for (const auto& reclaimer : reclaimers_) {
-      if (reclaimer->rung > worst) break;
-      if (std::find(asked.begin(), asked.end(), reclaimer->number) != asked.end()) continue;
-      for (size_t k = i; k < end; ++k) {
-        if (asks[k].victim == reclaimer->account) return reclaimer;
-      }
+    std::shared_ptr<Reclaimer> best;
+    for (; i < asks.size() && ledger_.at(asks[i].victim).limits.value == value; ++i) {
+      const auto own = std::find_if(reclaimers_.begin(), reclaimers_.end(), [&](const auto& reclaimer) {
+        return reclaimer->account == asks[i].victim && reclaimer->rung <= worst &&
+               std::find(asked.begin(), asked.end(), reclaimer->number) == asked.end();
+      });
+      if (own != reclaimers_.end() && (!best || (*own)->rung < best->rung)) best = *own;
     }
-    i = end;
+    if (best) return best;
   }
   return nullptr;
 }
 
 void Arena::squeeze(Lock& lock, AccountId demander, const std::string& label, Deadline deadline, Rung worst,
-                    const std::function<size_t()>& shortage,
-                    const std::function<std::vector<Ask>(size_t)>& plan) {
+                    const std::function<size_t()>& shortage, const PlanFn& plan) {
+  // Fences usually pass soon, and what they free costs nobody anything. A stream that is stuck must not keep
+  // the reclaimers from their half of the time.
+  const Deadline patience = deadline_in(seconds_until(deadline) / 2);
   std::vector<uint64_t> asked;
   for (;;) {
     require_open();
     trim_idle(nullptr);
     const size_t missing = shortage();
     if (missing == 0) return;
-    if (demander != kNobody && trim_seats(demander, missing, true, nullptr) != 0) continue;
-    const std::vector<Ask> asks = plan(missing);
-    if (trim_asked(asks, demander, label)) continue;
+    if (demander != kNobody && trim_seats(demander, missing, SIZE_MAX, true, nullptr) != 0) continue;
+    if (trim_others(missing, demander, label, plan)) continue;
 
+    const std::vector<Ask> asks = plan(missing, givable(asked, worst));
     size_t coming = 0;
-    for (const Ask& one : asks) coming += std::min(one.bytes, pending_of(one.victim));
-    if (demander != kNobody) coming += pending_of(demander);
-    const auto reclaimer = next_reclaimer(asks, asked, worst);
+    for (const Ask& one : asks) coming += std::min(one.bytes, idle_of(one.victim).pending);
+    if (demander != kNobody) coming += idle_of(demander).pending;
+    // Let go of before the lock is taken or given up: what a removed one owns may call back.
+    auto reclaimer = next_reclaimer(asks, asked, worst);
     if ((coming == 0 && !reclaimer) || Clock::now() >= deadline) return;
-    if (coming >= missing || !reclaimer) {
+    if (!reclaimer || (coming >= missing && Clock::now() < patience)) {
+      reclaimer.reset();
       changed_.wait_for(lock, kFencePoll);
       continue;
     }
 
     asked.push_back(reclaimer->number);
+    const AccountId victim = reclaimer->account;
+    const Rung rung = reclaimer->rung;
     size_t bytes = 0;
-    for (const Ask& one : asks) bytes += one.victim == reclaimer->account ? one.bytes : 0;
-    const size_t before = ledger_.at(reclaimer->account).held;
+    for (const Ask& one : asks) bytes += one.victim == victim ? one.bytes : 0;
+    const size_t before = ledger_.at(victim).held;
     const auto start = Clock::now();
     lock.unlock();
     reclaimer->fn(bytes, deadline);
+    reclaimer.reset();
     lock.lock();
     require_open();
-    if (ledger_.accounts().count(reclaimer->account) == 0)
-      continue;  // it closed its account: all of it came back
-    trim_seats(reclaimer->account, bytes, true, nullptr);
-    const size_t after = ledger_.at(reclaimer->account).held;
-    record(demander, label, reclaimer->account, reclaimer->rung, bytes, before > after ? before - after : 0,
-           start);
+    if (ledger_.accounts().count(victim) == 0) continue;  // it closed its account: all of it came back
+    trim_victim(victim, bytes);
+    const size_t after = ledger_.at(victim).held;
+    record(demander, label, victim, rung, bytes, before > after ? before - after : 0, start);
   }
 }
 
@@ -240,22 +277,26 @@ void Arena::trim_self(Lock& lock, AccountId id, size_t target, Rung worst, Deadl
     return held > target ? held - target : 0;
   };
   squeeze(lock, kNobody, "limit", deadline, worst, over,
-          [id](size_t bytes) -> std::vector<Ask> { return {{id, bytes}}; });
+          [id](size_t bytes, const Givable& givable) -> std::vector<Ask> {
+            const auto own = givable.find(id);
+            if (own == givable.end() || own->second == 0) return {};
+            return {{id, std::min(bytes, own->second)}};
+          });
 }
 
 Grant Arena::acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst) {
   Lock lock = this->lock();
   const Limits limits = ledger_.at(id).limits;
   const auto below = [bytes](size_t limit) { return limit > bytes ? limit - bytes : 0; };
-  if (ledger_.at(id).held > below(limits.high)) {
-    trim_self(lock, id, below(limits.high), std::min(worst, Rung::kEvict), deadline);
-  }
-  if (ledger_.grant(id, bytes)) return Grant(shared_from_this(), id, bytes);
   if (bytes > limits.max)
     refuse(id, bytes, "that is more than the account's max " + format_bytes(limits.max));
   if (bytes > ledger_.leasable()) {
     refuse(id, bytes, "that is more than all the arena may lease, " + format_bytes(ledger_.leasable()));
   }
+  if (ledger_.at(id).held > below(limits.high)) {
+    trim_self(lock, id, below(limits.high), std::min(worst, Rung::kEvict), deadline);
+  }
+  if (ledger_.grant(id, bytes)) return Grant(shared_from_this(), id, bytes);
   if (ledger_.at(id).held > below(limits.max)) trim_self(lock, id, below(limits.max), worst, deadline);
   if (ledger_.at(id).held > below(limits.max)) refuse(id, bytes, "max is " + format_bytes(limits.max));
 
@@ -264,7 +305,7 @@ Grant Arena::acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst) 
   try {
     squeeze(
         lock, id, ledger_.at(id).name, deadline, worst, [&] { return ledger_.shortage(ticket); },
-        [&](size_t missing) { return ledger_.plan(id, missing); });
+        [&](size_t missing, const Givable& givable) { return ledger_.plan(id, missing, &givable); });
     granted = ledger_.grant_ticket(ticket);
   } catch (...) {
     ledger_.withdraw(ticket);
@@ -313,7 +354,7 @@ size_t Arena::set_capacity(const Options& wanted, Deadline deadline) {
   changed_.notify_all();
   squeeze(
       lock, kNobody, "capacity", deadline, Rung::kPause, [this] { return ledger_.overdrawn(); },
-      [this](size_t missing) { return ledger_.plan_shrink(missing); });
+      [this](size_t missing, const Givable& givable) { return ledger_.plan_shrink(missing, &givable); });
   settle_spare();
   changed_.notify_all();
   if (spare_target() != 0) {

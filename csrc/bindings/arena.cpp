@@ -13,7 +13,7 @@
 namespace tem {
 namespace {
 
-using NoGil = py::call_guard<py::gil_scoped_release>;
+using Unlocked = py::call_guard<NoGil>;
 
 Rung rung_from(const std::string& name) {
   for (const Rung rung : {Rung::kEvict, Rung::kSpill, Rung::kShrink, Rung::kPause}) {
@@ -108,8 +108,8 @@ void bind_arena(py::module_& module) {
         const MemoryInfo info = self.memory_info();
         return std::make_pair(info.free, info.total);
       });
-  module.def("host_backend", &make_host_backend, py::arg("capacity"), NoGil());
-  module.def("cuda_backend", &make_cuda_backend, py::arg("ordinal"), py::arg("library"), NoGil());
+  module.def("host_backend", &make_host_backend, py::arg("capacity"), Unlocked());
+  module.def("cuda_backend", &make_cuda_backend, py::arg("ordinal"), py::arg("library"), Unlocked());
   module.def("host_stream_create", &host_stream_create);
   module.def("host_stream_submit", &host_stream_submit);
   module.def("host_stream_complete", &host_stream_complete);
@@ -117,9 +117,13 @@ void bind_arena(py::module_& module) {
   module.attr("MAX_EXTENT") = kMaxExtent;
 
   py::class_<AccountHandle>(module, "Account")
-      .def_property_readonly("held", [](AccountHandle& self) { return self.arena->account(self.id).held; })
+      .def_property_readonly("held",
+                             [](AccountHandle& self) {
+                               const NoGil unlocked;
+                               return self.arena->account(self.id).held;
+                             })
       .def(
-          "room", [](AccountHandle& self) { return self.arena->room(self.id); }, NoGil())
+          "room", [](AccountHandle& self) { return self.arena->room(self.id); }, Unlocked())
       .def(
           "wait",
           [](AccountHandle& self, size_t bytes, double timeout) {
@@ -128,7 +132,7 @@ void bind_arena(py::module_& module) {
             for (;;) {
               bool reached = false;
               {
-                const py::gil_scoped_release release;
+                const NoGil unlocked;
                 reached = self.arena->wait_for_room(self.id, bytes, std::min(deadline, deadline_in(0.1)));
               }
               if (PyErr_CheckSignals() != 0) throw py::error_already_set();
@@ -138,9 +142,9 @@ void bind_arena(py::module_& module) {
           },
           py::arg("bytes"), py::arg("timeout"))
       .def(
-          "trim", [](AccountHandle& self) { return self.arena->trim(self.id); }, NoGil())
+          "trim", [](AccountHandle& self) { return self.arena->trim(self.id); }, Unlocked())
       .def(
-          "close", [](AccountHandle& self) { self.arena->close_account(self.id); }, NoGil())
+          "close", [](AccountHandle& self) { self.arena->close_account(self.id); }, Unlocked())
       .def(
           "set_limits",
           [](AccountHandle& self, int64_t value, size_t min, size_t low, std::optional<size_t> high,
@@ -149,25 +153,26 @@ void bind_arena(py::module_& module) {
                                           deadline_in(timeout));
           },
           py::arg("value"), py::arg("min"), py::arg("low"), py::arg("high"), py::arg("max"),
-          py::arg("weight"), py::arg("timeout"), NoGil())
+          py::arg("weight"), py::arg("timeout"), Unlocked())
       .def(
           "add_reclaimer",
           [](AccountHandle& self, const std::string& rung, py::function function) {
             const Rung checked = rung_from(rung);
             ReclaimFn fn = reclaim_fn(std::move(function));
-            const py::gil_scoped_release release;
+            const NoGil unlocked;
             return self.arena->add_reclaimer(self.id, checked, std::move(fn));
           },
           py::arg("rung"), py::arg("function"))
       .def(
           "remove_reclaimer",
-          [](AccountHandle& self, uint64_t number) { self.arena->remove_reclaimer(number); }, NoGil());
+          [](AccountHandle& self, uint64_t number) { self.arena->remove_reclaimer(number); }, Unlocked());
 
   py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
       .def(py::init([](std::shared_ptr<Backend> backend, size_t capacity, size_t low, size_t high) {
              return Arena::open(std::move(backend), {capacity, low, high});
            }),
-           py::arg("backend"), py::arg("capacity"), py::arg("reserve_low"), py::arg("reserve_high"), NoGil())
+           py::arg("backend"), py::arg("capacity"), py::arg("reserve_low"), py::arg("reserve_high"),
+           Unlocked())
       .def(
           "open_account",
           [](const std::shared_ptr<Arena>& self, const std::string& name, int64_t value, size_t min,
@@ -176,21 +181,22 @@ void bind_arena(py::module_& module) {
                                  self->open_account(name, limits_from(value, min, low, high, max, weight))};
           },
           py::arg("name"), py::arg("value"), py::arg("min"), py::arg("low"), py::arg("high"), py::arg("max"),
-          py::arg("weight"), NoGil())
+          py::arg("weight"), Unlocked())
       .def(
           "set_capacity",
           [](Arena& self, size_t capacity, size_t low, size_t high, double timeout) {
             return self.set_capacity({capacity, low, high}, deadline_in(timeout));
           },
-          py::arg("capacity"), py::arg("reserve_low"), py::arg("reserve_high"), py::arg("timeout"), NoGil())
-      .def("collect", &Arena::collect, NoGil())
-      .def("refill", &Arena::refill, NoGil())
-      .def("close", &Arena::close, NoGil())
+          py::arg("capacity"), py::arg("reserve_low"), py::arg("reserve_high"), py::arg("timeout"),
+          Unlocked())
+      .def("collect", &Arena::collect, Unlocked())
+      .def("refill", &Arena::refill, Unlocked())
+      .def("close", &Arena::close, Unlocked())
       .def("state",
            [](Arena& self) {
              ArenaState state;
              {
-               const py::gil_scoped_release release;
+               const NoGil unlocked;
                state = self.state();
              }
              return dict_of(state);
@@ -200,7 +206,7 @@ void bind_arena(py::module_& module) {
           [](Arena& self, uint64_t since) {
             std::vector<Yield> yields;
             {
-              const py::gil_scoped_release release;
+              const NoGil unlocked;
               yields = self.yields(since);
             }
             py::list out;

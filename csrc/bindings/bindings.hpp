@@ -2,6 +2,7 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include <memory>
 #include <optional>
@@ -20,6 +21,31 @@ void bind_arena(py::module_& module);
 void bind_kv(py::module_& module);
 void bind_allocator(py::module_& module);
 
+/// Lets the GIL go for the core's work. In an interpreter that is going down, a thread that asks for the GIL
+/// is ended by unwinding (PyEval_RestoreThread, before 3.14), which C++ frames turn into an abort: such a
+/// thread sleeps instead.
+class NoGil {
+ public:
+  NoGil() : state_(PyEval_SaveThread()) {}
+  NoGil(const NoGil&) = delete;
+  NoGil& operator=(const NoGil&) = delete;
+  ~NoGil() {
+    while (finalizing()) pause();
+    PyEval_RestoreThread(state_);
+  }
+
+  static bool finalizing() {
+#if PY_VERSION_HEX >= 0x030D0000
+    return Py_IsFinalizing() != 0;
+#else
+    return _Py_IsFinalizing() != 0;
+#endif
+  }
+
+ private:
+  PyThreadState* state_;
+};
+
 /// An account of an open arena, as Python holds it.
 struct AccountHandle {
   std::shared_ptr<Arena> arena;
@@ -33,7 +59,7 @@ inline Limits limits_from(int64_t value, size_t min, size_t low, std::optional<s
 }
 
 /// Block numbers from a list, a tuple, a range or any sequence or iterable of integers (numpy's and torch's
-/// included).
-std::vector<Block> blocks_from(py::handle blocks);
+/// included). A range() that reaches beyond `num_blocks` is refused before its numbers are made.
+std::vector<Block> blocks_from(py::handle blocks, size_t num_blocks);
 
 }  // namespace tem

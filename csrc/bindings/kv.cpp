@@ -12,7 +12,7 @@
 namespace tem {
 namespace {
 
-using NoGil = py::call_guard<py::gil_scoped_release>;
+using Unlocked = py::call_guard<NoGil>;
 
 /// A block range as Python and the tensors over it hold it: the last one to go retires it.
 struct RangeHandle {
@@ -82,38 +82,70 @@ double bench_ensure(RangeHandle& self, const std::vector<Block>& blocks, size_t 
   return taken.count() / static_cast<double>(iterations);
 }
 
+/// A block number from an integer: Python's, or numpy's and torch's, which are numbers by __index__.
+Block block_from(PyObject* item) {
+  if (PyLong_CheckExact(item) != 0) {
+    const Block block = PyLong_AsLongLong(item);
+    if (block != -1 || PyErr_Occurred() == nullptr) return block;
+    PyErr_Clear();
+  }
+  const auto kept = py::reinterpret_borrow<py::object>(item);
+  const auto index =
+      py::reinterpret_steal<py::object>(PyBool_Check(item) != 0 ? nullptr : PyNumber_Index(item));
+  if (!index) {
+    PyErr_Clear();
+    throw Error(Kind::kInvalid, "block numbers are integers; got " + std::string(py::str(kept)) + " of " +
+                                    Py_TYPE(item)->tp_name);
+  }
+  const Block block = PyLong_AsLongLong(index.ptr());
+  if (block == -1 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    throw Error(Kind::kBlock, "block " + std::string(py::str(index)) + " is out of range");
+  }
+  return block;
+}
+
+/// Python's range(), without making its numbers.
+std::vector<Block> blocks_of_range(py::handle blocks, size_t num_blocks) {
+  std::vector<Block> out;
+  const Py_ssize_t size = PyObject_Size(blocks.ptr());
+  if (size < 0 || static_cast<size_t>(size) > num_blocks) {
+    PyErr_Clear();
+    throw Error(Kind::kBlock, std::string(py::str(blocks)) + " goes out of range; there are " +
+                                  std::to_string(num_blocks) + " blocks");
+  }
+  if (size == 0) return out;
+  const Block first = block_from(py::object(blocks[py::int_(0)]).ptr());
+  const Block last = block_from(py::object(blocks[py::int_(size - 1)]).ptr());
+  for (const Block end : {first, last}) {
+    if (end >= 0 && static_cast<size_t>(end) < num_blocks) continue;
+    throw Error(Kind::kBlock, "block " + std::to_string(end) + " is out of range; there are " +
+                                  std::to_string(num_blocks) + " blocks");
+  }
+  const Block step = size == 1 ? 0 : (last - first) / (size - 1);
+  out.reserve(static_cast<size_t>(size));
+  for (Py_ssize_t i = 0; i < size; ++i) out.push_back(first + i * step);
+  return out;
+}
+
 }  // namespace
 
-std::vector<Block> blocks_from(py::handle blocks) {
-  // A list is walked without pybind11's caster: it is what engines pass on every step.
+std::vector<Block> blocks_from(py::handle blocks, size_t num_blocks) {
+  if (PyRange_Check(blocks.ptr()) != 0) return blocks_of_range(blocks, num_blocks);
   std::vector<Block> out;
-  const auto push = [&out](PyObject* item) {
-    const Block block = PyLong_Check(item) != 0 ? PyLong_AsLongLong(item) : -1;
-    if (PyLong_Check(item) != 0 && !(block == -1 && PyErr_Occurred() != nullptr)) {
-      out.push_back(block);
-      return;
-    }
-    PyErr_Clear();
-    // numpy's and torch's integers are numbers by __index__; what is beyond 64 bits is no block.
-    PyObject* const index = PyBool_Check(item) != 0 ? nullptr : PyNumber_Index(item);
-    if (index == nullptr) {
-      PyErr_Clear();
-      throw Error(Kind::kInvalid, "block numbers are integers; got " +
-                                      std::string(py::str(py::handle(item))) + " of " +
-                                      Py_TYPE(item)->tp_name);
-    }
-    const auto owned = py::reinterpret_steal<py::object>(index);
-    out.push_back(PyLong_AsLongLong(index));
-    if (out.back() == -1 && PyErr_Occurred() != nullptr) {
-      PyErr_Clear();
-      throw Error(Kind::kBlock, "block " + std::string(py::str(owned)) + " is out of range");
-    }
-  };
+  // A list is walked without pybind11's caster: it is what engines pass on every step.
   if (PyList_CheckExact(blocks.ptr()) != 0) {
-    const Py_ssize_t size = PyList_GET_SIZE(blocks.ptr());
-    out.reserve(static_cast<size_t>(size));
-    for (Py_ssize_t i = 0; i < size; ++i) push(PyList_GET_ITEM(blocks.ptr(), i));
+    out.reserve(static_cast<size_t>(PyList_GET_SIZE(blocks.ptr())));
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(blocks.ptr()); ++i) {
+      out.push_back(block_from(PyList_GET_ITEM(blocks.ptr(), i)));
+    }
     return out;
+  }
+  // The elements of torch's masks are numbers by __index__.
+  const py::object dtype = py::getattr(blocks, "dtype", py::none());
+  if (std::string(py::str(dtype)).find("bool") != std::string::npos) {
+    throw Error(Kind::kInvalid,
+                "block numbers are integers; got a mask of dtype " + std::string(py::str(dtype)));
   }
   PyObject* const iterator = PyObject_GetIter(blocks.ptr());
   if (iterator == nullptr) {
@@ -121,7 +153,9 @@ std::vector<Block> blocks_from(py::handle blocks) {
     throw Error(Kind::kInvalid,
                 std::string("blocks are a sequence of integers; got ") + Py_TYPE(blocks.ptr())->tp_name);
   }
-  for (const py::handle item : py::reinterpret_steal<py::iterator>(iterator)) push(item.ptr());
+  for (const py::handle item : py::reinterpret_steal<py::iterator>(iterator)) {
+    out.push_back(block_from(item.ptr()));
+  }
   return out;
 }
 
@@ -134,20 +168,20 @@ void bind_kv(py::module_& module) {
                                   {num_blocks, block_bytes, stripes, keep, extent_bytes}));
            }),
            py::arg("account"), py::arg("name"), py::arg("num_blocks"), py::arg("block_bytes"),
-           py::arg("stripes") = 1, py::arg("keep") = 0, py::arg("extent_bytes") = 0, NoGil())
+           py::arg("stripes") = 1, py::arg("keep") = 0, py::arg("extent_bytes") = 0, Unlocked())
       .def(
           "ensure",
           [](RangeHandle& self, py::handle blocks, Stream stream, double timeout) {
-            const std::vector<Block> numbers = blocks_from(blocks);
-            const py::gil_scoped_release release;
+            const std::vector<Block> numbers = blocks_from(blocks, self.range->geometry().num_blocks);
+            const NoGil unlocked;
             self.range->ensure(numbers, stream, deadline_in(timeout));
           },
           py::arg("blocks"), py::arg("stream"), py::arg("timeout"))
       .def(
           "release",
           [](RangeHandle& self, py::handle blocks, Stream stream) {
-            const std::vector<Block> numbers = blocks_from(blocks);
-            const py::gil_scoped_release release;
+            const std::vector<Block> numbers = blocks_from(blocks, self.range->geometry().num_blocks);
+            const NoGil unlocked;
             self.range->release(numbers, stream);
           },
           py::arg("blocks"), py::arg("stream"))
@@ -155,7 +189,7 @@ void bind_kv(py::module_& module) {
       .def("held", [](RangeHandle& self, Block block) { return self.range->held(block); })
       .def("base", [](RangeHandle& self, size_t stripe) { return self.range->base(stripe); })
       .def("export_stripe", &export_stripe)
-      .def("close", &RangeHandle::close, NoGil())
+      .def("close", &RangeHandle::close, Unlocked())
       .def_property_readonly("exports", [](RangeHandle& self) { return self.exports.load(); })
       .def_property_readonly("resident_bytes", [](RangeHandle& self) { return self.range->resident_bytes(); })
       .def_property_readonly("held_blocks", [](RangeHandle& self) { return self.range->held_blocks(); });
@@ -172,12 +206,12 @@ void bind_kv(py::module_& module) {
           [](BlockPool& self, size_t count, Stream stream, double timeout) {
             return self.allocate(count, stream, deadline_in(timeout));
           },
-          py::arg("count"), py::arg("stream"), py::arg("timeout"), NoGil())
+          py::arg("count"), py::arg("stream"), py::arg("timeout"), Unlocked())
       .def(
           "free",
           [](BlockPool& self, py::handle blocks, Stream stream) {
-            const std::vector<Block> numbers = blocks_from(blocks);
-            const py::gil_scoped_release release;
+            const std::vector<Block> numbers = blocks_from(blocks, self.num_blocks());
+            const NoGil unlocked;
             self.free(numbers, stream);
           },
           py::arg("blocks"), py::arg("stream"))
@@ -194,17 +228,17 @@ void bind_kv(py::module_& module) {
           [](BlockPool& self, size_t max_copies, Stream stream, double timeout) {
             return self.plan_compaction(max_copies, stream, deadline_in(timeout));
           },
-          py::arg("max_copies"), py::arg("stream"), py::arg("timeout"), NoGil())
-      .def("commit", &BlockPool::commit, NoGil())
-      .def("abort", &BlockPool::abort, NoGil())
+          py::arg("max_copies"), py::arg("stream"), py::arg("timeout"), Unlocked())
+      .def("commit", &BlockPool::commit, Unlocked())
+      .def("abort", &BlockPool::abort, Unlocked())
       .def_property_readonly("free_blocks", &BlockPool::free_blocks)
       .def_property_readonly("live_blocks", &BlockPool::live_blocks);
 
   module.def(
       "bench_ensure",
       [](RangeHandle& range, py::handle blocks, size_t iterations) {
-        const std::vector<Block> numbers = blocks_from(blocks);
-        const py::gil_scoped_release release;
+        const std::vector<Block> numbers = blocks_from(blocks, range.range->geometry().num_blocks);
+        const NoGil unlocked;
         return bench_ensure(range, numbers, iterations);
       },
       py::arg("range"), py::arg("blocks"), py::arg("iterations"));

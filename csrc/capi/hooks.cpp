@@ -106,7 +106,9 @@ __attribute__((visibility("default"))) void* tem_cuda_alloc(size_t bytes, int de
   try {
     return allocator->allocate(bytes, reinterpret_cast<tem::Stream>(stream));
   } catch (const tem::Error& error) {
-    throw tem::OutOfMemory(error.what());
+    // These words are how Python knows it from other failures: torch passes on nothing but the text.
+    const bool full = error.kind() == tem::Kind::kOutOfMemory;
+    throw tem::OutOfMemory(full ? std::string("out of memory: ") + error.what() : error.what());
   }
 }
 

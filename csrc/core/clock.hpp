@@ -2,6 +2,7 @@
 // would.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 
@@ -14,8 +15,11 @@ inline int64_t nanoseconds(Clock::time_point t) {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(t.time_since_epoch()).count();
 }
 
+/// Decades stand for ever: a duration of more nanoseconds would overflow.
 inline Deadline deadline_in(double seconds) {
-  return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+  constexpr double kForever = 1e9;
+  const double bounded = seconds > 0.0 ? std::min(seconds, kForever) : 0.0;
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(bounded));
 }
 
 inline double seconds_until(Deadline deadline) {

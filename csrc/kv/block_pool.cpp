@@ -154,6 +154,10 @@ size_t BlockPool::live_blocks() {
 
 std::vector<Occupancy> BlockPool::cheapest() {
   const Guard guard(range_->mutex_);
+  return occupied();
+}
+
+std::vector<Occupancy> BlockPool::occupied() const {
   std::vector<Occupancy> sites;
   for (const BlockRange::Slot& slot : range_->slots_) {
     if (slot.piece.bytes != 0 && slot.live != 0) sites.push_back(occupancy_of(slot));
@@ -167,12 +171,12 @@ std::vector<Occupancy> BlockPool::cheapest() {
 }
 
 CompactionPlan BlockPool::plan_compaction(size_t max_copies, Stream stream, Deadline deadline) {
-  const std::vector<Occupancy> sites = cheapest();
   CompactionPlan plan;
   std::vector<Block> targets;
   {
     const Guard guard(mutex_);
     const Guard range_guard(range_->mutex_);
+    const std::vector<Occupancy> sites = occupied();
     // Sources from the emptiest extent on, targets from the fullest on, until they meet. Where blocks do not
     // divide extents a block touches two of them, so each is looked at as a source, a target and a neighbour.
     std::vector<uint8_t> leaving(claimed_.size(), 0);  // how many chosen sources the block touches

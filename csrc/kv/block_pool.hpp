@@ -40,6 +40,7 @@ class BlockPool {
   /// then nothing is taken.
   std::vector<Block> allocate(size_t count, Stream stream, Deadline deadline);
   void free(const std::vector<Block>& blocks, Stream stream);
+  size_t num_blocks() const { return range_->geometry().num_blocks; }
   size_t free_blocks();
   size_t live_blocks();
 
@@ -65,6 +66,7 @@ class BlockPool {
 
   Site site_of(const BlockRange::Slot& slot) const;
   Occupancy occupancy_of(const BlockRange::Slot& slot) const;
+  std::vector<Occupancy> occupied() const;
   void refresh();
   std::vector<Block> choose(size_t count);
   bool usable(Block block) const {

@@ -9,6 +9,8 @@
 namespace tem {
 namespace {
 
+constexpr size_t kMaxBlocks = size_t{1} << 31;
+
 size_t total_bytes(const Geometry& geometry) {
   return checked_mul(geometry.num_blocks, geometry.block_bytes);
 }
@@ -26,6 +28,11 @@ Geometry checked(const Geometry& geometry, size_t granularity) {
     throw Error(Kind::kInvalid, "an extent of " + format_bytes(geometry.extent_bytes) +
                                     " is not a power of two from " + format_bytes(granularity) + " to " +
                                     format_bytes(kMaxExtent));
+  }
+  if (geometry.num_blocks > kMaxBlocks) {
+    throw Error(Kind::kInvalid, std::to_string(geometry.num_blocks) +
+                                    " blocks are more than a range keeps track of, " +
+                                    std::to_string(kMaxBlocks) + "; make them larger");
   }
   // What no device can have is a mistake in a size, not a demand.
   constexpr size_t kAddressable = size_t{1} << 47;
@@ -128,7 +135,7 @@ std::vector<Piece> BlockRange::missing(const std::vector<Block>& blocks) const {
       if (slot_of_[granule] == kAbsent) granules.push_back(granule);
     }
   }
-  std::sort(granules.begin(), granules.end());
+  if (!std::is_sorted(granules.begin(), granules.end())) std::sort(granules.begin(), granules.end());
   granules.erase(std::unique(granules.begin(), granules.end()), granules.end());
   std::vector<Piece> runs;
   for (const size_t granule : granules) {
@@ -187,10 +194,13 @@ void BlockRange::grow(const std::vector<Block>& blocks, Stream stream, Deadline 
   for (;;) {
     size_t exact = 0;
     size_t ahead = 0;
+    std::vector<Piece> runs;
+    uint64_t seen = 0;
     {
       const Guard guard(mutex_);
       if (hold_resident(blocks)) return;
-      const std::vector<Piece> runs = missing(blocks);
+      runs = missing(blocks);
+      seen = generation_;
       exact = bytes_of(extents_for(runs, false));
       ahead = geometry_.extent_bytes != 0 ? exact : bytes_of(extents_for(runs, true));
     }
@@ -204,8 +214,11 @@ void BlockRange::grow(const std::vector<Block>& blocks, Stream stream, Deadline 
     {
       const Guard guard(mutex_);
       if (!arena_) throw Error(Kind::kClosed, name_ + " was closed while it grew");
-      if (hold_resident(blocks)) return;
-      extents = extents_for(missing(blocks), generous);
+      if (seen != generation_) {
+        if (hold_resident(blocks)) return;
+        runs = missing(blocks);
+      }
+      extents = extents_for(runs, generous);
     }
     if (bytes_of(extents) > grant->bytes()) continue;  // what was resident has gone meanwhile
     arena->map(lock, *grant, places(extents), writer_, stream);
@@ -236,6 +249,7 @@ void BlockRange::add_slot(Piece piece) {
   ready_.insert({piece.offset, number});
   ready_bytes_ += piece.bytes;
   mapped_ += piece.bytes;
+  ++generation_;
 }
 
 void BlockRange::touch(int32_t number) {
@@ -321,21 +335,24 @@ void BlockRange::leave(int32_t number, std::vector<Leaving>& out) {
     slot_of_[granule] = kAbsent;
   }
   mapped_ -= slot.piece.bytes;
+  ++generation_;
   touch(number);
   slot.piece = {};
   free_slots_.push_back(number);
 }
 
-void BlockRange::trim(size_t bytes, bool kept, std::vector<Leaving>& out) {
+void BlockRange::trim(size_t bytes, size_t most, bool kept, std::vector<Leaving>& out) {
   const Guard guard(mutex_);
   settle_pending();
   size_t freed = 0;
   // From the top down: the block pool fills from the bottom up.
-  while (freed < bytes && !ready_.empty() && (kept || idle_bytes() > keep_)) {
-    const auto highest = std::prev(ready_.end());
-    const int32_t number = highest->second;
+  for (auto next = ready_.end(); next != ready_.begin() && freed < bytes;) {
+    if (!kept && idle_bytes() <= keep_) break;
+    --next;
+    const int32_t number = next->second;
     const size_t size = slots_[static_cast<size_t>(number)].piece.bytes;
-    ready_.erase(highest);
+    if (size * stripes_.size() > most - freed) continue;
+    next = ready_.erase(next);
     ready_bytes_ -= size;
     freed += size * stripes_.size();
     leave(number, out);
@@ -348,23 +365,27 @@ void BlockRange::stay(const Leaving& leaving) {
 }
 
 bool BlockRange::resident(Block block) {
+  born_.check(name_.c_str());
   const Guard guard(mutex_);
   check_block(block);
   return is_resident(block);
 }
 
 bool BlockRange::held(Block block) {
+  born_.check(name_.c_str());
   const Guard guard(mutex_);
   check_block(block);
   return held_[static_cast<size_t>(block)] != 0;
 }
 
 size_t BlockRange::resident_bytes() {
+  born_.check(name_.c_str());
   const Guard guard(mutex_);
   return mapped_ * stripes_.size();
 }
 
 size_t BlockRange::held_blocks() {
+  born_.check(name_.c_str());
   const Guard guard(mutex_);
   return held_count_;
 }

@@ -61,7 +61,7 @@ class BlockRange final : public Tenant, public std::enable_shared_from_this<Bloc
   std::string name() const override { return name_; }
   Idle idle() override;
   bool waiting() override;
-  void trim(size_t bytes, bool kept, std::vector<Leaving>& out) override;
+  void trim(size_t bytes, size_t most, bool kept, std::vector<Leaving>& out) override;
   void stay(const Leaving& leaving) override;
 
  private:
@@ -119,6 +119,7 @@ class BlockRange final : public Tenant, public std::enable_shared_from_this<Bloc
   std::vector<uint8_t> held_;  // by block
   size_t held_count_ = 0;
   size_t mapped_ = 0;                             // bytes of one stripe
+  uint64_t generation_ = 0;                       // moves when a slot comes or goes
   std::set<std::pair<size_t, int32_t>> ready_;    // idle, fence passed: (offset, slot)
   std::set<std::pair<size_t, int32_t>> pending_;  // idle, fence not passed
   size_t ready_bytes_ = 0;                        // of one stripe

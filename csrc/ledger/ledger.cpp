@@ -108,7 +108,8 @@ Holding& Ledger::entry(AccountId id) { return const_cast<Holding&>(at(id)); }
 size_t Ledger::ahead_of(int64_t value, Ticket ticket) const {
   size_t bytes = 0;
   for (const auto& [other, demand] : queue_) {
-    if (demand.value > value || (demand.value == value && other < ticket)) bytes += demand.bytes;
+    if (demand.value < value || (demand.value == value && other >= ticket)) continue;
+    if (__builtin_add_overflow(bytes, demand.bytes, &bytes)) return kUnlimited;
   }
   return bytes;
 }
@@ -166,6 +167,12 @@ bool Ledger::grant_ticket(Ticket ticket) {
 
 void Ledger::withdraw(Ticket ticket) { queue_.erase(ticket); }
 
+size_t Ledger::queued() const {
+  size_t bytes = 0;
+  for (const auto& [ticket, demand] : queue_) bytes += demand.bytes;
+  return bytes;
+}
+
 double Ledger::share(const Holding& account, size_t incoming) const {
   double weights = 0.0;
   double pool = static_cast<double>(free()) + static_cast<double>(incoming);
@@ -177,12 +184,18 @@ double Ledger::share(const Holding& account, size_t incoming) const {
   return pool * account.limits.weight / weights;
 }
 
-std::vector<Ask> Ledger::collect(size_t bytes, AccountId demander, const std::vector<Rule>& rules) const {
+std::vector<Ask> Ledger::collect(size_t bytes, AccountId demander, const Givable* givable,
+                                 const std::vector<Rule>& rules) const {
   std::vector<Ask> asks;
   const auto asked = [&](AccountId id) -> size_t {
     size_t sum = 0;
     for (const Ask& ask : asks) sum += ask.victim == id ? ask.bytes : 0;
     return sum;
+  };
+  const auto can_give = [givable](AccountId id) {
+    if (givable == nullptr) return kUnlimited;
+    const auto found = givable->find(id);
+    return found == givable->end() ? 0 : found->second;
   };
   std::vector<const Holding*> order;
   for (const auto& [id, account] : accounts_) {
@@ -196,7 +209,8 @@ std::vector<Ask> Ledger::collect(size_t bytes, AccountId demander, const std::ve
   for (const Rule& rule : rules) {
     size_t budget = std::min(bytes, above(rule.at_most, total));
     for (const Holding* account : order) {
-      const size_t take = std::min(budget, above(rule.takeable(*account), asked(account->id)));
+      const size_t most = std::min(rule.takeable(*account), can_give(account->id));
+      const size_t take = std::min(budget, above(most, asked(account->id)));
       if (take == 0) continue;
       budget -= take;
       bytes -= take;
@@ -218,39 +232,43 @@ std::vector<Ask> Ledger::collect(size_t bytes, AccountId demander, const std::ve
   return merged;
 }
 
-std::vector<Ask> Ledger::plan(AccountId id, size_t bytes) const {
+std::vector<Ask> Ledger::plan(AccountId id, size_t bytes, const Givable* givable) const {
   const Holding& me = at(id);
   const int64_t value = me.limits.value;
   // Above `high` an account lives from what is free and from what others hold above their own `high`.
   const size_t entitled = above(me.limits.high, me.held);
   const size_t guaranteed = above(me.limits.min, me.held);
-  const double my_share = share(me, bytes);
-  const double below_share = my_share - static_cast<double>(me.held);
-  const size_t fair = below_share > 0.0 ? static_cast<size_t>(below_share) : 0;
   const auto is_lower = [=](const Holding& v) { return v.limits.value < value; };
-  return collect(
-      bytes, id,
-      {
-          {[](const Holding& v) { return above(v.held, v.limits.high); }},
-          {[=](const Holding& v) {
-             return is_lower(v) ? above(v.held, std::max(v.limits.min, v.limits.low)) : 0;
-           },
-           entitled},
-          {[=](const Holding& v) -> size_t {
-             if (v.limits.value != value) return 0;
-             const double theirs =
-                 std::max(share(v, bytes), static_cast<double>(std::max(v.limits.min, v.limits.low)));
-             const double over = static_cast<double>(v.held) - theirs;
-             return over > 0.0 ? static_cast<size_t>(over) : 0;
-           },
-           std::min(entitled, fair)},
-          {[=](const Holding& v) { return is_lower(v) ? above(v.held, v.limits.min) : 0; }, entitled},
-          {[](const Holding& v) { return above(v.held, v.limits.min); }, guaranteed},
-      });
+  std::vector<Rule> rules = {
+      {[](const Holding& v) { return above(v.held, v.limits.high); }},
+      {[=](const Holding& v) {
+         return is_lower(v) ? above(v.held, std::max(v.limits.min, v.limits.low)) : 0;
+       },
+       entitled},
+  };
+  // What other classes yield first makes the shares of this one larger.
+  size_t incoming = 0;
+  for (const Ask& ask : collect(bytes, id, givable, rules)) {
+    if (at(ask.victim).limits.value != value) incoming += ask.bytes;
+  }
+  const double below_share = share(me, incoming) - static_cast<double>(me.held);
+  const size_t fair = below_share > 0.0 ? static_cast<size_t>(below_share) : 0;
+  rules.push_back({[=](const Holding& v) -> size_t {
+                     if (v.limits.value != value) return 0;
+                     const double theirs = std::max(
+                         share(v, incoming), static_cast<double>(std::max(v.limits.min, v.limits.low)));
+                     const double over = static_cast<double>(v.held) - theirs;
+                     return over > 0.0 ? static_cast<size_t>(over) : 0;
+                   },
+                   std::min(entitled, fair)});
+  rules.push_back(
+      {[=](const Holding& v) { return is_lower(v) ? above(v.held, v.limits.min) : 0; }, entitled});
+  rules.push_back({[](const Holding& v) { return above(v.held, v.limits.min); }, guaranteed});
+  return collect(bytes, id, givable, rules);
 }
 
-std::vector<Ask> Ledger::plan_shrink(size_t bytes) const {
-  return collect(bytes, kNobody,
+std::vector<Ask> Ledger::plan_shrink(size_t bytes, const Givable* givable) const {
+  return collect(bytes, kNobody, givable,
                  {
                      {[](const Holding& v) { return above(v.held, v.limits.high); }},
                      {[](const Holding& v) { return above(v.held, std::max(v.limits.min, v.limits.low)); }},

@@ -7,11 +7,13 @@
 //   pass        victims                          what may be taken from a victim
 //   over high   any other account above `high`   held - high
 //   lower       classes below the demander's     held - max(min, low)
-//   peers       the demander's own class         what is above the victim's share, for a demander below its
-//   own protected   classes below the demander's     held - min guarantee   every class held - min, and only
-//   for the part of the demand within own `min`
+//   peers       the demander's own class         held - its share, for a demander below its own share
+//   protected   classes below the demander's     held - min
+//   guarantee   every class                      held - min, for the part of the demand within own `min`
 //
-// Within a pass the lowest class goes first, and in it the account that is most above its share.
+// A share is a part by weight of what a class has: what its accounts hold, what is free, and what other
+// classes yield to it. Within a pass the lowest class goes first, and in it the account that is most above
+// its share.
 #pragma once
 
 #include <cstddef>
@@ -48,6 +50,9 @@ struct Ask {
   AccountId victim = kNobody;
   size_t bytes = 0;
 };
+
+/// What accounts can give at the moment; who is not named can give nothing.
+using Givable = std::map<AccountId, size_t>;
 
 /// A place in the queue of demands that could not be granted at once.
 using Ticket = uint64_t;
@@ -90,11 +95,14 @@ class Ledger {
   /// Leases the demand's bytes and leaves the queue if nothing is missing.
   bool grant_ticket(Ticket ticket);
   void withdraw(Ticket ticket);
+  /// Bytes of all queued demands.
+  size_t queued() const;
 
   /// Who should yield so that `id` gets `bytes` more, in the order to ask. May sum to less than `bytes`.
-  std::vector<Ask> plan(AccountId id, size_t bytes) const;
+  /// Without `givable` everybody can give all that may be taken.
+  std::vector<Ask> plan(AccountId id, size_t bytes, const Givable* givable = nullptr) const;
   /// Who should yield so that `bytes` come back to the device: as for a demand above every class.
-  std::vector<Ask> plan_shrink(size_t bytes) const;
+  std::vector<Ask> plan_shrink(size_t bytes, const Givable* givable = nullptr) const;
 
   /// "serving holds 3 GiB of max 4 GiB; training holds 1 GiB": for messages.
   std::string holders() const;
@@ -112,7 +120,8 @@ class Ledger {
   size_t room_ahead(const Holding& account, size_t ahead) const;
   double share(const Holding& account, size_t incoming) const;
   void admit(const Limits& limits, const std::string& name, AccountId replacing, size_t leasable) const;
-  std::vector<Ask> collect(size_t bytes, AccountId demander, const std::vector<Rule>& rules) const;
+  std::vector<Ask> collect(size_t bytes, AccountId demander, const Givable* givable,
+                           const std::vector<Rule>& rules) const;
   Holding& entry(AccountId id);
 
   size_t capacity_;

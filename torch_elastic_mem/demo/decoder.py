@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 import torch_elastic_mem as tem
 from torch_elastic_mem.demo.model import Attend, Weights, attention, causal_mask, forward, logits
@@ -20,6 +19,7 @@ class PagedDecoder:
     Args:
         weights: The model.
         kv: Blocks of shape `(layers, 2, block_tokens, heads, head_dim)`.
+        block_tokens: Tokens of one block.
     """
 
     def __init__(self, weights: Weights, kv: tem.ElasticKVTensor, block_tokens: int) -> None:
@@ -32,14 +32,17 @@ class PagedDecoder:
     def prefill(self, prompt: Sequence[int], blocks: Sequence[int]) -> int:
         """Fills the blocks with the prompt's keys and values, and returns the first token of the answer."""
         length = len(prompt)
-        index = torch.tensor(blocks, device=self._device)
         mask = causal_mask(length, self._device)
-        padding = len(blocks) * self._block_tokens - length
 
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
-            cached = F.pad(qkv[0, :, 1:], (0, 0, 0, 0, 0, 0, 0, padding))
-            by_block = cached.view(len(blocks), self._block_tokens, *cached.shape[1:])
-            self._layers[layer].index_copy_(0, index, by_block.transpose(1, 2))
+            # By slices: a scatter by index may first copy all that it writes into, and most of the cache has no
+            # memory behind it.
+            stored, size = self._layers[layer], self._block_tokens
+            for begin, end in runs(blocks[: length // size]):
+                part = qkv[0, begin * size : end * size, 1:].unflatten(0, (end - begin, size)).transpose(1, 2)
+                stored[blocks[begin] : blocks[begin] + end - begin].copy_(part)
+            if rest := length % size:
+                stored[blocks[length // size], :, :rest].copy_(qkv[0, length - rest :, 1:].transpose(0, 1))
             return attention(qkv, mask)
 
         return self._greedy(prompt, attend, 0)
@@ -65,6 +68,12 @@ class PagedDecoder:
     def _greedy(self, tokens: Sequence[int], attend: Attend, start: int) -> int:
         hidden = forward(self._weights, torch.tensor([tokens], device=self._device), attend, start=start)
         return int(logits(self._weights, hidden[0, -1:]).argmax())
+
+
+def runs(blocks: Sequence[int]) -> list[tuple[int, int]]:
+    """The positions (begin, end) of neighbouring blocks that stand one after the other."""
+    starts = [i for i, block in enumerate(blocks) if i == 0 or block != blocks[i - 1] + 1]
+    return list(zip(starts, [*starts[1:], len(blocks)], strict=True)) if starts else []
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ from torch_elastic_mem.demo.scale import default_capacity, scale_for
 from torch_elastic_mem.demo.text import Text
 
 _SEED = 20
+_WARM = 256 << 20  # free bytes that a GPU's arena keeps ready to be mapped
 
 
 def choose_backend(backend: str) -> str:
@@ -31,7 +33,10 @@ def equal_bits(backend: str) -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     tf32 = torch.backends.cuda.matmul.allow_tf32
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    interval = sys.getswitchinterval()
     torch.set_num_threads(1)
+    # A tenant that launches one small kernel after the other would else hold the GIL for 5 ms at a time.
+    sys.setswitchinterval(5e-4)
     if backend != "host":
         # cuBLAS reads this when it makes its first handle.
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -41,6 +46,7 @@ def equal_bits(backend: str) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+        sys.setswitchinterval(interval)
         torch.use_deterministic_algorithms(deterministic)
         torch.backends.cuda.matmul.allow_tf32 = tf32
         if backend != "host" and workspace is None:
@@ -56,7 +62,7 @@ def open_stage(backend: str, capacity: int | None) -> Stage:
         InvalidArgument: The capacity does not suit the demo, or torch has already allocated on the GPU.
     """
     host = backend == "host"
-    if not host and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if not host and torch.cuda.is_initialized():
         raise tem.InvalidArgument(
             "the demo was asked to run on CUDA in a process whose torch already allocates there, and its "
             "allocator can no longer be changed: run `tem demo` as a process of its own"
@@ -66,7 +72,8 @@ def open_stage(backend: str, capacity: int | None) -> Stage:
         scale = scale_for(backend, capacity)
         arena = tem.Arena(backend, capacity=capacity)
     else:
-        arena = tem.Arena(backend)
+        # Nothing else is to grow on the device, so all of the capacity may be leased.
+        arena = tem.Arena(backend, reserve=(0, _WARM))
         try:
             capacity = default_capacity(backend, arena.snapshot().free) if capacity is None else capacity
             scale = scale_for(backend, capacity)
@@ -78,7 +85,7 @@ def open_stage(backend: str, capacity: int | None) -> Stage:
     serving = arena.account("serving", "serving")
     if not host:
         # Autograd runs backward on threads of its own, outside any scope: what they allocate is training's.
-        torch.cuda.memory.change_current_allocator(tem.torch_allocator(backend, training))
+        torch.cuda.memory.change_current_allocator(tem.torch_allocator(arena.device, training))
     return Stage(arena, training, serving, scale, initial_weights(scale.shape, _SEED), Text())
 
 

@@ -71,7 +71,7 @@ class Stage:
         """Runs a server on the calling thread, in the serving account and on a stream of its own."""
         with self.serving.allocations():
             if self.arena.backend == "cuda":
-                stream = torch.cuda.Stream(self.arena.device)  # type: ignore[no-untyped-call]
+                stream = torch.cuda.Stream(self.arena.device)
                 stream.wait_stream(torch.cuda.default_stream(self.arena.device))
                 with torch.cuda.stream(stream):
                     server.run(stop)

@@ -83,13 +83,12 @@ def _draw_rate(
 
 
 def _shade_standstill(axes: Axes, samples: list[Sample]) -> None:
-    label = "stands still"
     begin: float | None = None
     for sample in samples:
         if sample.state == "waiting":
             begin = sample.at if begin is None else begin
         elif begin is not None:
-            axes.axvspan(begin, sample.at, color=_STILL, linewidth=0, zorder=0, label=label)
-            label, begin = "_", None
-    if label == "_":
-        axes.legend(loc="upper right", frameon=False)
+            axes.axvspan(begin, sample.at, color=_STILL, linewidth=0, zorder=0)
+            middle, top = (begin + sample.at) / 2, 0.95 * axes.get_ylim()[1]
+            axes.text(middle, top, "stands still", ha="center", va="top", clip_on=True)
+            begin = None

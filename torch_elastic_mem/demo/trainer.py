@@ -73,7 +73,7 @@ class Trainer:
         boundary = self._boundary
         assert boundary is not None
         boundary()
-        x.register_hook(lambda _: boundary())  # type: ignore[no-untyped-call]
+        x.register_hook(lambda _: boundary())
 
     def update(self) -> None:
         """Ends the step: one Adam update by the summed gradients, and empty sums."""

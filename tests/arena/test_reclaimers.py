@@ -1,0 +1,294 @@
+"""Callbacks that misbehave: the demand that ran them ends well or with a clear refusal, and nobody hangs."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+
+import torch_elastic_mem as tem
+from tests.arena.watch import EXTENT, MiB, assert_balanced, books, filled
+from tests.rungs import Rung
+from torch_elastic_mem.elastic_range import ElasticRange
+from torch_elastic_mem.errors import ClosedError, OutOfMemory
+
+pytestmark = pytest.mark.timeout(30)
+
+
+class Pair:
+    """Training holds all of 16 MiB; serving wants some."""
+
+    def __init__(self, rung: Rung, timeout: float = 1.0) -> None:
+        self.arena = rung.arena(16 * MiB, yield_timeout=timeout)
+        self.training = self.arena.account("training", "training")
+        self.serving = self.arena.account("serving", "serving")
+        self.old = filled(self.training, 16 * MiB)
+        self.new = self.serving.range(16 * MiB)
+
+    def give(self, nbytes: int, timeout: float) -> None:
+        self.old.shrink(min(nbytes, self.old.mapped))
+
+
+def test_one_that_raises_is_reported_and_the_next_is_asked(
+    rung: Rung, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    pair = Pair(rung)
+
+    def fail(nbytes: int, timeout: float) -> None:
+        raise ValueError("a tenant's mistake")
+
+    pair.training.on_reclaim(fail)
+    pair.training.on_reclaim(pair.give, rung="spill")
+    pair.new.grow(4 * MiB)
+    assert [str(report.exc_value) for report in reported] == ["a tenant's mistake"]
+    assert reported[0].object is fail
+    assert [(record.rung, record.given) for record in pair.arena.yields()] == [("evict", 0), ("spill", 4 * MiB)]
+
+
+def test_what_counts_is_what_came_back_and_not_what_was_answered(rung: Rung) -> None:
+    pair = Pair(rung)
+    pair.training.on_reclaim(lambda nbytes, timeout: nbytes)
+    with pytest.raises(OutOfMemory):
+        pair.new.grow(4 * MiB)
+    assert pair.training.held == 16 * MiB
+
+
+def test_one_is_told_how_much_and_how_long(rung: Rung) -> None:
+    pair = Pair(rung, timeout=0.5)
+    told: list[tuple[int, float]] = []
+    pair.training.on_reclaim(lambda nbytes, timeout: told.append((nbytes, timeout)))
+    with pytest.raises(OutOfMemory):
+        pair.new.grow(6 * MiB)
+    with pytest.raises(OutOfMemory):
+        pair.new.grow(2 * MiB, timeout=5.0)
+    assert [nbytes for nbytes, _ in told] == [6 * MiB, 2 * MiB]
+    assert 0.3 < told[0][1] <= 0.5 and 4.5 < told[1][1] <= 5.0
+
+
+def test_one_may_wait_for_the_tenants_own_thread(rung: Rung) -> None:
+    pair = Pair(rung, timeout=5.0)
+    wanted, done = threading.Event(), threading.Event()
+
+    def step() -> None:
+        wanted.wait()
+        pair.old.shrink(4 * MiB)
+        done.set()
+
+    trainer = threading.Thread(target=step)
+    trainer.start()
+
+    def reclaim(nbytes: int, timeout: float) -> None:
+        wanted.set()
+        done.wait(timeout)
+
+    pair.training.on_reclaim(reclaim)
+    pair.new.grow(4 * MiB)
+    trainer.join()
+    assert pair.training.held == 12 * MiB
+
+
+def test_one_that_blocks_beyond_its_time_delays_only_its_own_demand(rung: Rung) -> None:
+    pair = Pair(rung, timeout=0.1)
+    others: list[int] = []
+    pair.training.on_reclaim(lambda nbytes, timeout: time.sleep(0.4))
+    pair.training.on_reclaim(lambda nbytes, timeout: others.append(nbytes), rung="pause")
+    before = books(rung, pair.arena)
+    start = time.monotonic()
+    with pytest.raises(OutOfMemory):
+        pair.new.grow(4 * MiB)
+    assert 0.4 <= time.monotonic() - start < 2.0
+    assert others == [], "its time was over"
+    assert books(rung, pair.arena) == before
+
+
+def test_the_arena_stays_usable_while_one_blocks(rung: Rung) -> None:
+    pair = Pair(rung, timeout=5.0)
+    entered, leave = threading.Event(), threading.Event()
+
+    def block(nbytes: int, timeout: float) -> None:
+        entered.set()
+        leave.wait(timeout)
+        pair.give(nbytes, timeout)
+
+    pair.training.on_reclaim(block)
+    demand = threading.Thread(target=pair.new.grow, args=(4 * MiB,))
+    demand.start()
+    assert entered.wait(5)
+    pair.old.shrink(2 * MiB)
+    assert pair.training.room() == 0, "what comes free is kept for the higher demand that waits"
+    assert pair.arena.snapshot().free == 2 * MiB
+    leave.set()
+    demand.join()
+    assert (pair.training.held, pair.serving.held) == (10 * MiB, 4 * MiB)
+
+
+def test_one_may_close_its_own_account(rung: Rung) -> None:
+    pair = Pair(rung)
+
+    def leave(nbytes: int, timeout: float) -> None:
+        pair.old.close()
+        pair.training.close()
+
+    pair.training.on_reclaim(leave)
+    pair.new.grow(16 * MiB)
+    assert [account.name for account in pair.arena.snapshot().accounts] == ["serving"]
+    assert_balanced(pair.arena)
+
+
+def test_one_that_closes_the_demanders_account_ends_the_demand(rung: Rung) -> None:
+    pair = Pair(rung)
+
+    def hostile(nbytes: int, timeout: float) -> None:
+        pair.old.shrink(2 * MiB)
+        pair.new.close()
+        pair.serving.close()
+
+    pair.training.on_reclaim(hostile)
+    with pytest.raises(ClosedError):
+        pair.new.grow(4 * MiB)
+    assert pair.training.room() == 2 * MiB, "nothing is kept for a demand that is gone"
+    pair.old.grow(2 * MiB)
+
+
+def test_one_may_use_the_arena_from_inside(rung: Rung) -> None:
+    pair = Pair(rung)
+    spare = pair.training.range(4 * MiB, keep=4 * MiB)
+
+    def busy(nbytes: int, timeout: float) -> None:
+        pair.old.shrink(4 * MiB)
+        spare.grow(2 * MiB, timeout=0.0) if pair.training.room() else None
+        pair.training.trim()
+        pair.arena.collect()
+        pair.training.set_limits(low=2 * MiB)
+        pair.arena.snapshot()
+        pair.arena.account("visitor", "idle").close()
+        pair.old.shrink(4 * MiB)
+
+    pair.training.on_reclaim(busy)
+    pair.new.grow(8 * MiB)
+    assert pair.serving.held == 8 * MiB
+    assert_balanced(pair.arena)
+
+
+def test_one_whose_own_growth_needs_yields_gets_them(rung: Rung) -> None:
+    arena = rung.arena(16 * MiB)
+    idle, training = arena.account("idle", "idle"), arena.account("training", "training")
+    old, cache = filled(idle, 4 * MiB), filled(training, 12 * MiB)
+    scratch = training.range(4 * MiB)
+
+    def spill(nbytes: int, timeout: float) -> None:
+        scratch.grow(2 * MiB)
+        cache.shrink(nbytes)
+        scratch.shrink(2 * MiB)
+
+    idle.on_reclaim(lambda nbytes, timeout: old.shrink(min(nbytes, old.mapped)), rung="pause")
+    training.on_reclaim(spill)
+    new = filled(arena.account("serving", "serving"), 6 * MiB)
+    assert new.mapped == 6 * MiB
+    assert_balanced(arena)
+
+
+def test_several_demands_may_run_one_at_once(rung: Rung) -> None:
+    pair = Pair(rung, timeout=5.0)
+    together = threading.Barrier(2)
+    lock = threading.Lock()
+
+    def give(nbytes: int, timeout: float) -> None:
+        together.wait(timeout)
+        with lock:
+            pair.old.shrink(nbytes)
+
+    pair.training.on_reclaim(give)
+    other = pair.arena.account("other", "critical")
+    ranges: list[ElasticRange] = [pair.new, other.range(4 * MiB)]
+    threads = [threading.Thread(target=memory.grow, args=(4 * MiB,)) for memory in ranges]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [memory.mapped for memory in ranges] == [4 * MiB, 4 * MiB]
+    assert_balanced(pair.arena)
+
+
+def test_a_removed_one_is_not_asked(rung: Rung) -> None:
+    pair = Pair(rung)
+    handle = pair.training.on_reclaim(pair.give)
+    handle.remove()
+    handle.remove()
+    with pytest.raises(OutOfMemory):
+        pair.new.grow(EXTENT)
+
+
+def test_one_may_remove_itself_while_it_runs(rung: Rung) -> None:
+    pair = Pair(rung)
+
+    def once(nbytes: int, timeout: float) -> None:
+        handle.remove()
+        gc.collect()
+        pair.give(nbytes, timeout)
+
+    handle = pair.training.on_reclaim(once)
+    del once
+    pair.new.grow(2 * MiB)
+    with pytest.raises(OutOfMemory):
+        pair.new.grow(2 * MiB)
+
+
+class Owner:
+    """Calls back into the arena when it is let go: with a lock held there, that would hang."""
+
+    def __init__(self, arena: tem.Arena) -> None:
+        self.arena = arena
+        self.gone: list[int] = []
+
+    def __call__(self, nbytes: int, timeout: float) -> None:
+        return None
+
+    def __del__(self) -> None:
+        self.gone.append(self.arena.snapshot().leased)
+
+
+@pytest.mark.parametrize("way", ["remove", "close", "remove while running"])
+def test_what_one_owns_may_call_back_when_it_goes(rung: Rung, way: str) -> None:
+    pair = Pair(rung)
+    owner = Owner(pair.arena)
+    gone = owner.gone
+    account = pair.arena.account("owner", "idle") if way == "close" else pair.training
+    handle = account.on_reclaim(owner)
+    if way == "remove while running":
+        account.on_reclaim(lambda nbytes, timeout: handle.remove(), rung="evict")
+        account.on_reclaim(pair.give, rung="pause")
+    del owner
+    if way == "remove":
+        handle.remove()
+    elif way == "close":
+        account.close()
+    else:
+        pair.new.grow(2 * MiB)
+    assert gone == [16 * MiB] if way != "remove while running" else len(gone) == 1
+
+
+def test_closing_an_account_does_not_wait_for_the_interpreter(rung: Rung) -> None:
+    pair = Pair(rung)
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            assert pair.training.held >= 0
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        for i in range(50):
+            account = pair.arena.account(f"short {i}", "idle")
+            account.on_reclaim(lambda nbytes, timeout: None)
+            account.close()
+    finally:
+        stop.set()
+        looker.join()

@@ -1,0 +1,234 @@
+"""An account: whom bytes are charged to, with a priority class and limits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from torch_elastic_mem import _C
+from torch_elastic_mem.device import Device
+from torch_elastic_mem.elastic_range import ElasticRange
+from torch_elastic_mem.errors import InvalidArgument
+from torch_elastic_mem.priority import PriorityClass
+from torch_elastic_mem.units import parse_bytes
+
+Bytes = int | str
+ReclaimFn = Callable[[int, float], object]
+
+
+class Reclaimer:
+    """A registered callback. `remove()` ends it; calling it twice is harmless."""
+
+    def __init__(self, account: _C.Account, number: int) -> None:
+        self._account = account
+        self._number = number
+
+    def remove(self) -> None:
+        """Stops the callback from being asked. One that is running finishes."""
+        self._account.remove_reclaimer(self._number)
+
+
+class Account:
+    """Whom bytes are charged to, with a priority class. Made by `Arena.account`. Thread-safe.
+
+    Attributes:
+        name: unique among the open accounts of its arena.
+        device: the device its memory is on.
+    """
+
+    def __init__(self, device: Device, core: _C.Account, name: str, limits: PriorityClass) -> None:
+        self._core = core
+        self._limits = limits
+        self._lock = threading.RLock()  # a reclaimer that goes with the account may call back
+        self._allocator: _C.Allocator | None = None  # guarded by the lock
+        self._open = True
+        self.name = name
+        self.device = device
+
+    def __repr__(self) -> str:
+        return f"<Account {self.name!r} of class {self.priority!r} on {self.device.name}>"
+
+    def __enter__(self) -> Account:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+
+    @property
+    def priority(self) -> str:
+        """The name of its priority class."""
+        return self._limits.name
+
+    @property
+    def limits(self) -> PriorityClass:
+        """The limits in force; sizes in bytes."""
+        return self._limits
+
+    @property
+    def held(self) -> int:
+        """Bytes it is charged for."""
+        return self._core.held
+
+    def set_limits(
+        self,
+        *,
+        min: Bytes | None = None,
+        low: Bytes | None = None,
+        high: Bytes | None = None,
+        max: Bytes | None = None,
+        weight: float | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Changes limits, at once and for idle accounts too; what is not named stays.
+
+        The account is brought under a lowered `max` by its own means: idle extents first, then its
+        reclaimers. Under a lowered `high`, by idle extents and "evict" reclaimers only.
+
+        Args:
+            min: never reclaimed.
+            low: reclaimed only when nothing else is left.
+            high: above it the account trims itself and makes nobody yield.
+            max: its own out-of-memory.
+            weight: its share of its class.
+            timeout: seconds its reclaimers may take; None: the arena's `yield_timeout`.
+
+        Returns:
+            Bytes still held above `max`: what its live blocks and its reclaimers did not give.
+
+        Raises:
+            InvalidArgument: limits that contradict each other. AdmissionError: a `min` that does not fit.
+        """
+        limits = limits_over(self._limits, min, low, high, max, weight)
+        left = self._core.set_limits(
+            limits.value,
+            limits.min,
+            limits.low,
+            limits.high,
+            limits.max,
+            limits.weight,
+            self.device.seconds(timeout),
+        )
+        self._limits = limits
+        return left
+
+    def room(self) -> int:
+        """Bytes that a demand would be granted now without anybody yielding."""
+        return self._core.room()
+
+    def wait(self, nbytes: int, timeout: float) -> bool:
+        """Blocks, without the GIL, until `room()` reaches `nbytes`. False after `timeout` seconds."""
+        return self._core.wait(parse_bytes(nbytes), self.device.seconds(timeout))
+
+    def trim(self) -> int:
+        """Gives back every idle extent, kept ones included. Returns the bytes.
+
+        Raises:
+            DriverError: the driver refused to unmap one; the rest has been given back.
+        """
+        return self._core.trim()
+
+    def on_reclaim(self, fn: ReclaimFn, rung: str = "evict") -> Reclaimer:
+        """Registers a callback that frees memory when a demand needs this account to yield.
+
+        `fn(nbytes, timeout)` runs on the demanding thread, with the GIL and no lock of this package. It may
+        block up to `timeout` seconds, for instance until the tenant's own thread has reached a safe point.
+        What it freed is read from the ledger, not from its answer. What it raises is reported to
+        `sys.unraisablehook`, since it is another account's demand that runs it. Several demands may call it
+        at once.
+
+        Args:
+            fn: the callback.
+            rung: what it costs the tenant, cheapest first: "evict", "spill", "shrink" or "pause". Idle
+                extents are taken without asking.
+
+        Raises:
+            InvalidArgument: an unknown rung, or a callback that cannot be called.
+        """
+        if not callable(fn):
+            raise InvalidArgument(f"a reclaimer is called as fn(nbytes, timeout); got {fn!r}")
+        return Reclaimer(self._core, self._core.add_reclaimer(rung, fn))
+
+    @contextmanager
+    def allocations(self) -> Iterator[None]:
+        """Charges this thread's torch allocations to the account within the block.
+
+        On the host backend CPU tensors come from the arena, through an allocator that torch is given on
+        first use. On the CUDA backend `torch_allocator` has to be torch's current allocator. Tensors may
+        outlive the block, but not the account. Out of memory raises `torch.OutOfMemoryError` on the host
+        and, through the plain C hooks, a RuntimeError on CUDA: `is_out_of_memory` knows both.
+
+        Raises:
+            TemError: the torch extension was not built (host backend).
+        """
+        if self.device.backend == "host":
+            from torch_elastic_mem.cpu_allocator import install_cpu_allocator
+
+            install_cpu_allocator()
+        previous = _C.exchange_scope(self.allocator())
+        try:
+            yield
+        finally:
+            _C.exchange_scope(previous)
+
+    def allocator(self) -> _C.Allocator:
+        """The account's malloc, made on first use."""
+        with self._lock:
+            if self._allocator is None:
+                self._allocator = _C.Allocator(self._core, self.name)
+            return self._allocator
+
+    def range(self, nbytes: Bytes, *, keep: Bytes = 0) -> ElasticRange:
+        """A raw range of `nbytes` addresses that grows and shrinks at its end.
+
+        Args:
+            nbytes: addresses to reserve; rounded up to the arena's granularity.
+            keep: idle bytes that stay mapped after a shrink until somebody needs them.
+        """
+        return ElasticRange(
+            self._core,
+            self.name,
+            parse_bytes(nbytes),
+            parse_bytes(keep),
+            self.device.granularity,
+            self.device.seconds,
+        )
+
+    def close(self) -> None:
+        """Closes the account. Harmless the second time.
+
+        Raises:
+            InUseError: tensors, ranges or allocations still live in it; it stays open.
+        """
+        with self._lock:
+            if not self._open:
+                return
+            if self._allocator is not None:
+                self._allocator.close()
+                self._allocator = None
+            self._core.close()
+            self._open = False
+
+
+def limits_over(
+    base: PriorityClass,
+    min: Bytes | None,
+    low: Bytes | None,
+    high: Bytes | None,
+    max: Bytes | None,
+    weight: float | None,
+) -> PriorityClass:
+    """The limits of a class with those that are given put over them; sizes as an int or a text."""
+    return PriorityClass(
+        base.name,
+        base.value,
+        min=base.min if min is None else parse_bytes(min),
+        low=base.low if low is None else parse_bytes(low),
+        high=base.high if high is None else parse_bytes(high),
+        max=base.max if max is None else parse_bytes(max),
+        weight=base.weight if weight is None else weight,
+    )
