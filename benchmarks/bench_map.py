@@ -49,14 +49,14 @@ class Bench:
             Floor(self._device, self._size, extent or LARGE) as floor,
             tem.Arena(self._backend, capacity=self._size, reserve=(0, 0)) as arena,
             arena.account("bench") as account,
-            closing(account.range(self._size)) as memory,
+            closing(account.range(self._size, extent=extent or 0)) as memory,
         ):
             return self._interleave(
                 f"take and give, {tem.format_bytes(extent) if extent else 'own choice'}",
                 {
                     "floor_take": floor.take,
                     "floor_give": floor.give,
-                    "take": lambda: elapsed_ns(lambda: memory.grow(self._size, extent=extent)),
+                    "take": lambda: elapsed_ns(lambda: memory.grow(self._size)),
                     "give": lambda: elapsed_ns(lambda: memory.shrink(self._size)),
                 },
             )

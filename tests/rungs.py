@@ -72,7 +72,7 @@ class Rung:
         return made
 
     def watch_reclaimers(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Removes at the end what tests register: a callback that owns its account keeps the arena open for ever."""
+        """Removes at the end what tests register: a callback that owns its account keeps the arena open."""
         register = tem.Account.on_reclaim
 
         def registered(account: tem.Account, *args: Any, **kwargs: Any) -> Reclaimer:
@@ -80,6 +80,10 @@ class Rung:
             return self._reclaimers[-1]
 
         monkeypatch.setattr(tem.Account, "on_reclaim", registered)
+
+    def leftovers(self) -> bool:
+        """Whether the device shows that something is alive."""
+        return False
 
     def stream(self) -> Stream:
         made = self._new_stream()
@@ -103,11 +107,12 @@ class Rung:
         for reclaimer in self._reclaimers:
             with suppress(tem.TemError):  # closed by the test
                 reclaimer.remove()
+        self._reclaimers.clear()
         alive = [weakref.ref(arena) for arena in self._arenas if is_open(arena)]
         self._arenas.clear()
         # An exception that a test caught, or failed with, holds its frame, and so an arena, of which a
         # device has but one.
-        if any(arena() is not None for arena in alive):
+        if any(arena() is not None for arena in alive) or self.leftovers():
             forget_locals(getattr(sys, "last_value", None))
             gc.collect()
         for stream in self._streams:
@@ -181,6 +186,13 @@ class FakeRung(Rung):
         self.driver.fake_cuda_live(*(ctypes.byref(count) for count in counts))
         return (counts[0].value, counts[1].value, counts[2].value)
 
+    def leftovers(self) -> bool:
+        try:
+            tem.Arena(self.device, capacity=2 * MiB, reserve=(0, 0)).close()
+        except tem.InUseError:
+            return True
+        return self.live() != self.before
+
     def fail_nth(self, n: int, code: int = 999) -> None:
         """The n-th driver call of memory management, memset or event from now answers `code`; 0 disarms."""
         self.driver.fake_cuda_fail_nth(ctypes.c_size_t(n), code)
@@ -247,9 +259,17 @@ class CudaRung(Rung):
     def _new_stream(self) -> Stream:
         return CudaStream()
 
-    def read(self, address: int, count: int) -> bytes:
+    def _driver(self) -> Any:
+        """The driver, with the device's context on this thread."""
+        import torch
         from cuda.bindings import driver
 
+        torch.cuda.init()
+        torch.cuda.current_stream().query()  # makes the context current; waits for nothing
+        return driver
+
+    def read(self, address: int, count: int) -> bytes:
+        driver = self._driver()
         out = bytearray(count)
         buffer = (ctypes.c_char * count).from_buffer(out)
         (error,) = driver.cuMemcpyDtoH(ctypes.addressof(buffer), address, count)
@@ -257,8 +277,10 @@ class CudaRung(Rung):
         return bytes(out)
 
     def write(self, address: int, data: bytes) -> None:
-        from cuda.bindings import driver
-
+        driver = self._driver()
         buffer = ctypes.create_string_buffer(data, len(data))
         (error,) = driver.cuMemcpyHtoD(address, ctypes.addressof(buffer), len(data))
+        assert error == driver.CUresult.CUDA_SUCCESS, error
+        # A copy from pageable memory may return before it is done. Streams that a test holds up are not waited for.
+        (error,) = driver.cuStreamSynchronize(0)
         assert error == driver.CUresult.CUDA_SUCCESS, error

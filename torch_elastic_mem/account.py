@@ -92,8 +92,8 @@ class Account:
         Args:
             min: never reclaimed.
             low: reclaimed only when nothing else is left.
-            high: above it the account trims itself and makes nobody yield.
-            max: its own out-of-memory.
+            high: above it the account trims itself and makes nobody yield; "max" for no such point.
+            max: its own out-of-memory; "max" for no limit.
             weight: its share of its class.
             timeout: seconds its reclaimers may take; None: the arena's `yield_timeout`.
 
@@ -182,18 +182,24 @@ class Account:
                 self._allocator = _C.Allocator(self._core, self.name)
             return self._allocator
 
-    def range(self, nbytes: Bytes, *, keep: Bytes = 0) -> ElasticRange:
+    def range(self, nbytes: Bytes, *, keep: Bytes = 0, extent: Bytes = 0) -> ElasticRange:
         """A raw range of `nbytes` addresses that grows and shrinks at its end.
 
         Args:
-            nbytes: addresses to reserve; rounded up to the arena's granularity.
+            nbytes: addresses to reserve; rounded up to the device's granularity.
             keep: idle bytes that stay mapped after a shrink until somebody needs them.
+            extent: the size that no extent exceeds, a power of two from the granularity to 64 MiB; 0: the
+                arena chooses.
+
+        Raises:
+            InvalidArgument: zero bytes, or an extent size that cannot be.
         """
         return ElasticRange(
             self._core,
             self.name,
             parse_bytes(nbytes),
             parse_bytes(keep),
+            parse_bytes(extent),
             self.device.granularity,
             self.device.seconds,
         )
@@ -222,13 +228,22 @@ def limits_over(
     max: Bytes | None,
     weight: float | None,
 ) -> PriorityClass:
-    """The limits of a class with those that are given put over them; sizes as an int or a text."""
+    """The limits of a class with those that are given put over them.
+
+    Sizes are an int or a text; `high` and `max` may be "max", cgroup v2's word for no limit.
+    """
+
+    def upper(given: Bytes | None, before: int | None) -> int | None:
+        if given is None:
+            return before
+        return None if given == "max" else parse_bytes(given)
+
     return PriorityClass(
         base.name,
         base.value,
         min=base.min if min is None else parse_bytes(min),
         low=base.low if low is None else parse_bytes(low),
-        high=base.high if high is None else parse_bytes(high),
-        max=base.max if max is None else parse_bytes(max),
+        high=upper(high, base.high),
+        max=upper(max, base.max),
         weight=base.weight if weight is None else weight,
     )

@@ -21,24 +21,19 @@ class ElasticRange:
         name: str,
         nbytes: int,
         keep: int,
+        extent: int,
         granularity: int,
         seconds: Callable[[float | None], float],
     ) -> None:
         if nbytes == 0:
             raise InvalidArgument("a range of zero bytes has no addresses; ask for at least one byte")
-        self._account = account
         self._granularity = granularity
         self._seconds = seconds
         self._units = -(-nbytes // granularity)
         self._held = 0
         self._name = f"a range of {format_bytes(nbytes)} of {name}"
-        self._keep = keep
-        self._extent = 0
-        self._core = self._make(0)
-
-    def _make(self, extent: int) -> _C.BlockRange:
-        return _C.BlockRange(
-            self._account, self._name, self._units, self._granularity, keep=self._keep, extent_bytes=extent
+        self._core = _C.BlockRange(
+            account, self._name, self._units, granularity, keep=keep, extent_bytes=extent
         )
 
     @property
@@ -62,20 +57,11 @@ class ElasticRange:
             raise InvalidArgument("growing or shrinking by zero bytes changes nothing")
         return count
 
-    def grow(
-        self,
-        nbytes: int | str,
-        *,
-        extent: int | None = None,
-        stream: int = 0,
-        timeout: float | None = None,
-    ) -> None:
+    def grow(self, nbytes: int | str, *, stream: int = 0, timeout: float | None = None) -> None:
         """Puts memory under the next `nbytes`, rounded up to the granularity. All or nothing.
 
         Args:
             nbytes: how many bytes more.
-            extent: the size of every extent, for measurements; fixed by the first growth. None: the arena
-                chooses.
             stream: the CUDA stream on which memory that another tenant wrote to is zeroed.
             timeout: seconds to wait for others to yield; None: the arena's `yield_timeout`.
 
@@ -88,11 +74,6 @@ class ElasticRange:
                 f"{self._name} cannot grow by {format_bytes(count * self._granularity)}: "
                 f"{format_bytes((self._units - self._held) * self._granularity)} of its addresses are left"
             )
-        if extent is not None and extent != self._extent:
-            if self._core.resident_bytes:
-                raise InvalidArgument("the extent size of a range is fixed by its first growth")
-            self._core = self._make(extent)
-            self._extent = extent
         self._core.ensure(range(self._held, self._held + count), stream, seconds)
         self._held += count
 

@@ -53,13 +53,13 @@ class ResidencyCheck(TorchDispatchMode):
         self._readers = _Readers(self)
 
     def __enter__(self) -> ResidencyCheck:
-        self._readers.__enter__()
-        super().__enter__()
+        self._readers.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._readers.__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._readers.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def check_reader(self, name: str, tensor: torch.Tensor) -> None:
         """Refuses a method that reads all of a tensor's elements."""
@@ -134,7 +134,7 @@ class ResidencyCheck(TorchDispatchMode):
 
 class _Readers(TorchFunctionMode):
     def __init__(self, check: ResidencyCheck) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._check = check
 
     def __torch_function__(

@@ -20,6 +20,7 @@ std::string text_of(const void* pointer) {
 
 std::shared_ptr<Heap> Heap::make(std::shared_ptr<Arena> arena, AccountId account, std::string name,
                                  size_t bytes) {
+  (void)arena->account(account);  // refuses before the driver is called, which a forked child may not do
   std::shared_ptr<Heap> heap(new Heap(arena, account, std::move(name), bytes));
   heap->writer_ = arena->attach(heap, account);
   return heap;
@@ -31,11 +32,16 @@ Heap::Heap(std::shared_ptr<Arena> arena, AccountId account, std::string name, si
       device_(arena->handles().shared_from_this()),
       range_(std::make_unique<Range>(arena->handles(), bytes)),
       arena_(std::move(arena)) {
-  spans_[0] = Span{range_->bytes(), State::kAbsent, 0, {}, {}};
+  spans_[0].bytes = range_->bytes();
 }
 
 void* Heap::allocate(size_t bytes, Stream stream, Deadline deadline) {
   born_.check(name_.c_str());
+  if (bytes > range_->bytes()) {
+    throw Error(Kind::kOutOfMemory, name_ + ": " + format_bytes(bytes) +
+                                        " is more than this heap's addresses, " +
+                                        format_bytes(range_->bytes()));
+  }
   const size_t rounded = round_up(std::max<size_t>(bytes, 1), kAlignment);
   {
     const Guard guard(mutex_);
@@ -74,11 +80,6 @@ void* Heap::grow(size_t bytes, Stream stream, Deadline deadline) {
   const std::shared_ptr<Arena> arena = this->arena();
   const size_t granularity = arena->granularity();
   const size_t exact = round_up(bytes, granularity);
-  if (exact > range_->bytes()) {
-    throw Error(Kind::kOutOfMemory, name_ + ": " + format_bytes(bytes) +
-                                        " is more than this heap's addresses, " +
-                                        format_bytes(range_->bytes()));
-  }
   for (;;) {
     size_t ahead = 0;
     {
@@ -150,19 +151,19 @@ void Heap::free(void* pointer) {
   const auto span = used_at(pointer, "free");
   Span& block = span->second;
   // Recorded before anything changes: where the driver refuses, the block lives on.
-  Fence fence;
-  for (const Stream other : block.others) fence.add(mark(other));
-  const bool parks = !block.others.empty();
-  if (!parks) fence = fence_of_free(span);
+  Fence own = fence_of_free(span);
+  Fence others;
+  for (const Stream other : block.others) others.add(mark(other));
+  block.others.clear();
   live_bytes_ -= block.bytes;
   --live_blocks_;
-  if (!parks) {
-    set_free(span, block.stream, std::move(fence));
+  if (others.passed()) {
+    set_free(span, block.stream, std::move(own));
     return;
   }
-  block.others.clear();
   block.state = State::kParked;
-  block.fence = std::move(fence);
+  block.fence = std::move(others);
+  block.own = std::move(own);
   parked_.insert(span->first);
 }
 
@@ -181,32 +182,34 @@ void Heap::unpark() {
       ++it;
       continue;
     }
-    Fence fence;
-    try {
-      fence = fence_of_free(span);
-    } catch (const Error&) {
-      // No event to be had from the driver now: it stays parked, and the next look tries again.
-      ++it;
-      continue;
-    }
     it = parked_.erase(it);
-    set_free(span, span->second.stream, std::move(fence));
+    set_free(span, span->second.stream, std::exchange(span->second.own, Fence()));
   }
 }
 
-/// What the extents wait for that a free of the block at `span` completes. An event costs about a
-/// microsecond: only such a free needs one, and it covers the earlier frees of the same stream.
+/// The moment of this free on the block's own stream, where it leaves an extent with nothing that lives,
+/// parked blocks aside. An event costs about a microsecond: no other free needs one, since this covers the
+/// earlier ones.
 Fence Heap::fence_of_free(Spans::const_iterator span) const {
   const Stream stream = span->second.stream;
-  const size_t end = span->first + span->second.bytes;
-  size_t free_begin = span->first;
-  size_t free_end = end;
-  if (const auto next = std::next(span); joins(next, stream)) free_end += next->second.bytes;
-  if (span != spans_.begin() && joins(std::prev(span), stream)) free_begin = std::prev(span)->first;
+  const auto gone = [&](Spans::const_iterator other) {
+    const State state = other->second.state;
+    return other->second.stream == stream && (state == State::kFree || state == State::kParked);
+  };
+  const auto lowest = std::prev(extents_.upper_bound(span->first));
+  const auto beyond = extents_.lower_bound(span->first + span->second.bytes);
+  const size_t last_end = std::prev(beyond)->first + std::prev(beyond)->second;
+  auto first = span;
+  while (first->first > lowest->first && gone(std::prev(first))) --first;
+  auto last = span;
+  size_t end = last->first + last->second.bytes;
+  while (end < last_end && gone(std::next(last))) {
+    ++last;
+    end = last->first + last->second.bytes;
+  }
   Fence fence;
-  for (auto extent = std::prev(extents_.upper_bound(span->first));
-       extent != extents_.end() && extent->first < end; ++extent) {
-    if (extent->first < free_begin || extent->first + extent->second > free_end) continue;
+  for (auto extent = lowest; extent != beyond; ++extent) {
+    if (extent->first < first->first || extent->first + extent->second > end) continue;
     auto now = mark(stream);
     if (!now->passed()) fence.add(std::move(now));
     break;

@@ -60,7 +60,8 @@ class Heap final : public Tenant, public std::enable_shared_from_this<Heap> {
     State state = State::kAbsent;
     Stream stream = 0;
     std::vector<Stream> others;  // streams recorded on a used block
-    Fence fence;                 // of a free or parked span
+    Fence fence;                 // of a free span; of a parked one, what the other streams still do
+    Fence own;                   // of a parked span: its fence once it is free
   };
   using Spans = std::map<size_t, Span>;  // by offset; they tile the range
 

@@ -146,6 +146,7 @@ void Arena::close_account(AccountId id) {
   const Lock held = lock();
   const std::string name = ledger_.at(id).name;
   trim_idle(nullptr);
+  settle_spare();
   for (const Seat& seat : seats_) {
     if (seat.account != id) continue;
     std::string why = "; close it first";

@@ -189,10 +189,11 @@ class Arena : public std::enable_shared_from_this<Arena> {
   void record(AccountId demander, const std::string& label, AccountId victim, Rung rung, size_t asked,
               size_t given, Clock::time_point start);
   bool trim_others(size_t missing, AccountId demander, const std::string& label, const PlanFn& plan);
-  Givable givable(const std::vector<uint64_t>& asked, Rung worst);
+  size_t coming_from(const std::vector<Ask>& asks, AccountId demander);
+  Givable givable(const std::vector<uint64_t>& spent, Rung worst);
   void drop_retired();
   bool anything_pending();
-  std::shared_ptr<Reclaimer> next_reclaimer(const std::vector<Ask>& asks, const std::vector<uint64_t>& asked,
+  std::shared_ptr<Reclaimer> next_reclaimer(const std::vector<Ask>& asks, const std::vector<uint64_t>& spent,
                                             Rung worst) const;
   void squeeze(Lock& lock, AccountId demander, const std::string& label, Deadline deadline, Rung worst,
                const std::function<size_t()>& shortage, const PlanFn& plan);

@@ -16,14 +16,20 @@ namespace tem {
 class Mark {
  public:
   Mark(Device& device, Stream stream)
-      : device_(device.shared_from_this()), stream_(stream), event_(device.backend->record(stream)) {}
+      : device_(device.shared_from_this()),
+        stream_(stream),
+        began_(++device.marks),
+        event_(device.backend->record(stream)),
+        ended_(++device.marks) {}
   Mark(const Mark&) = delete;
   Mark& operator=(const Mark&) = delete;
   ~Mark() {
     if (device_->born.here()) device_->backend->forget(event_);
   }
 
-  Stream stream() const { return stream_; }
+  /// Whether this mark passes no sooner than `other`: on the same stream, and recorded after it. Two that
+  /// were recorded at the same time say nothing of each other.
+  bool covers(const Mark& other) const { return stream_ == other.stream_ && began_ > other.ended_; }
   /// A driver that cannot say counts as not yet: what waits for the mark stays mapped.
   bool passed() noexcept {
     if (passed_.load(std::memory_order_acquire)) return true;
@@ -39,20 +45,22 @@ class Mark {
  private:
   std::shared_ptr<Device> device_;
   Stream stream_;
+  uint64_t began_;  // the recording's place among all: before it,
   EventId event_;
+  uint64_t ended_;  // and after it
   std::atomic<bool> passed_{false};
 };
 
-/// The marks of one extent, at most one a stream: a later mark on a stream implies the earlier one.
+/// The marks of one extent, without those that another covers: few, one a stream as a rule.
 class Fence {
  public:
   void add(std::shared_ptr<Mark> mark) {
-    for (auto& held : marks_) {
-      if (held->stream() == mark->stream()) {
-        held = std::move(mark);
-        return;
-      }
+    for (const auto& held : marks_) {
+      if (held == mark || held->covers(*mark)) return;
     }
+    marks_.erase(std::remove_if(marks_.begin(), marks_.end(),
+                                [&](const auto& held) { return mark->covers(*held); }),
+                 marks_.end());
     marks_.push_back(std::move(mark));
   }
 

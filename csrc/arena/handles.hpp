@@ -21,6 +21,7 @@ struct Device : std::enable_shared_from_this<Device> {
   std::shared_ptr<Backend> backend;
   std::atomic<size_t> created{0};  // bytes of physical memory held, mapped or not
   std::atomic<size_t> lost{0};     // bytes that the driver refused to take back
+  std::atomic<uint64_t> marks{0};  // recordings of fences begun and ended
   BornHere born;
 };
 

@@ -195,17 +195,31 @@ bool Arena::trim_others(size_t missing, AccountId demander, const std::string& l
   }
 }
 
-/// What accounts may still give: all of it where a reclaimer has not been asked, else what waits for a fence.
-Givable Arena::givable(const std::vector<uint64_t>& asked, Rung worst) {
+/// Bytes behind fences that will come to a demand: what those who are asked, and the demander, have idle, and
+/// of everybody else what is not kept.
+size_t Arena::coming_from(const std::vector<Ask>& asks, AccountId demander) {
+  size_t coming = 0;
+  for (const auto& [id, account] : ledger_.accounts()) {
+    const Idle idle = idle_of(id);
+    const size_t loose = idle.ready + idle.pending > idle.kept ? idle.ready + idle.pending - idle.kept : 0;
+    size_t asked = id == demander ? idle.pending : 0;
+    for (const Ask& ask : asks) asked += ask.victim == id ? ask.bytes : 0;
+    coming += std::min(idle.pending, std::max(asked, loose));
+  }
+  return coming;
+}
+
+/// What accounts may still give: all of it where a reclaimer is left to ask, else what waits for a fence.
+Givable Arena::givable(const std::vector<uint64_t>& spent, Rung worst) {
   Givable out;
   for (const auto& [id, account] : ledger_.accounts()) {
-    out[id] = next_reclaimer({{id, account.held}}, asked, worst) ? kUnlimited : idle_of(id).pending;
+    out[id] = next_reclaimer({{id, account.held}}, spent, worst) ? kUnlimited : idle_of(id).pending;
   }
   return out;
 }
 
 std::shared_ptr<Arena::Reclaimer> Arena::next_reclaimer(const std::vector<Ask>& asks,
-                                                        const std::vector<uint64_t>& asked,
+                                                        const std::vector<uint64_t>& spent,
                                                         Rung worst) const {
   // Asks come lowest class first. Within a class every account is asked for a cheap rung before any for a
   // dear one, and within a rung in the order of the asks.
@@ -215,7 +229,7 @@ std::shared_ptr<Arena::Reclaimer> Arena::next_reclaimer(const std::vector<Ask>& 
     for (; i < asks.size() && ledger_.at(asks[i].victim).limits.value == value; ++i) {
       const auto own = std::find_if(reclaimers_.begin(), reclaimers_.end(), [&](const auto& reclaimer) {
         return reclaimer->account == asks[i].victim && reclaimer->rung <= worst &&
-               std::find(asked.begin(), asked.end(), reclaimer->number) == asked.end();
+               std::find(spent.begin(), spent.end(), reclaimer->number) == spent.end();
       });
       if (own != reclaimers_.end() && (!best || (*own)->rung < best->rung)) best = *own;
     }
@@ -229,21 +243,20 @@ void Arena::squeeze(Lock& lock, AccountId demander, const std::string& label, De
   // Fences usually pass soon, and what they free costs nobody anything. A stream that is stuck must not keep
   // the reclaimers from their half of the time.
   const Deadline patience = deadline_in(seconds_until(deadline) / 2);
-  std::vector<uint64_t> asked;
+  std::vector<uint64_t> spent;  // reclaimers that gave less than they were asked
   for (;;) {
     require_open();
-    trim_idle(nullptr);
     const size_t missing = shortage();
     if (missing == 0) return;
+    // Seen before the looks at fences below: one that passes in between is then waited for, not missed.
+    const std::vector<Ask> asks = plan(missing, givable(spent, worst));
+    const size_t coming = coming_from(asks, demander);
+    if (trim_idle(nullptr) != 0) continue;
     if (demander != kNobody && trim_seats(demander, missing, SIZE_MAX, true, nullptr) != 0) continue;
     if (trim_others(missing, demander, label, plan)) continue;
 
-    const std::vector<Ask> asks = plan(missing, givable(asked, worst));
-    size_t coming = 0;
-    for (const Ask& one : asks) coming += std::min(one.bytes, idle_of(one.victim).pending);
-    if (demander != kNobody) coming += idle_of(demander).pending;
     // Let go of before the lock is taken or given up: what a removed one owns may call back.
-    auto reclaimer = next_reclaimer(asks, asked, worst);
+    auto reclaimer = next_reclaimer(asks, spent, worst);
     if ((coming == 0 && !reclaimer) || Clock::now() >= deadline) return;
     if (!reclaimer || (coming >= missing && Clock::now() < patience)) {
       reclaimer.reset();
@@ -251,7 +264,7 @@ void Arena::squeeze(Lock& lock, AccountId demander, const std::string& label, De
       continue;
     }
 
-    asked.push_back(reclaimer->number);
+    const uint64_t number = reclaimer->number;
     const AccountId victim = reclaimer->account;
     const Rung rung = reclaimer->rung;
     size_t bytes = 0;
@@ -266,7 +279,10 @@ void Arena::squeeze(Lock& lock, AccountId demander, const std::string& label, De
     if (ledger_.accounts().count(victim) == 0) continue;  // it closed its account: all of it came back
     trim_victim(victim, bytes);
     const size_t after = ledger_.at(victim).held;
-    record(demander, label, victim, rung, bytes, before > after ? before - after : 0, start);
+    const size_t given = before > after ? before - after : 0;
+    record(demander, label, victim, rung, bytes, given, start);
+    // One that gave in full is asked again where a higher demand took what came.
+    if (given < bytes) spent.push_back(number);
   }
 }
 

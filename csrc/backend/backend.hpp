@@ -79,7 +79,7 @@ std::shared_ptr<Backend> make_cuda_backend(int ordinal, const std::string& libra
 /// Streams of the host backend that a caller drives by hand: work submitted stays pending until completed.
 Stream host_stream_create();
 void host_stream_submit(Stream stream);
-void host_stream_complete(Stream stream);
+void host_stream_complete(Stream stream, uint64_t count = UINT64_MAX);
 void host_stream_destroy(Stream stream);
 
 }  // namespace tem

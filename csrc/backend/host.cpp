@@ -200,7 +200,9 @@ std::shared_ptr<Backend> make_host_backend(size_t capacity) {
 
 Stream host_stream_create() { return hand_streams().create(); }
 void host_stream_submit(Stream stream) { hand_streams().get("host_stream_submit", stream)->submit(); }
-void host_stream_complete(Stream stream) { hand_streams().get("host_stream_complete", stream)->complete(); }
+void host_stream_complete(Stream stream, uint64_t count) {
+  hand_streams().get("host_stream_complete", stream)->complete(count);
+}
 void host_stream_destroy(Stream stream) { hand_streams().destroy(stream); }
 
 }  // namespace tem

@@ -112,7 +112,7 @@ void bind_arena(py::module_& module) {
   module.def("cuda_backend", &make_cuda_backend, py::arg("ordinal"), py::arg("library"), Unlocked());
   module.def("host_stream_create", &host_stream_create);
   module.def("host_stream_submit", &host_stream_submit);
-  module.def("host_stream_complete", &host_stream_complete);
+  module.def("host_stream_complete", &host_stream_complete, py::arg("stream"), py::arg("count") = UINT64_MAX);
   module.def("host_stream_destroy", &host_stream_destroy);
   module.attr("MAX_EXTENT") = kMaxExtent;
 

@@ -116,7 +116,11 @@ __attribute__((visibility("default"))) void tem_cuda_free(void* block, size_t, i
   if (block == nullptr) return;
   try {
     const auto owner = tem::allocator_of(block);
-    if (!owner) throw tem::Error(tem::Kind::kInvalid, "the pointer is not from any account of this process");
+    if (!owner) {
+      char text[64];
+      std::snprintf(text, sizeof text, "%p is not from any account of this process", block);
+      throw tem::Error(tem::Kind::kInvalid, text);
+    }
     owner->free(block);
   } catch (const std::exception& error) {
     tem::complain("free", error);

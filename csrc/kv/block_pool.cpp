@@ -177,9 +177,11 @@ CompactionPlan BlockPool::plan_compaction(size_t max_copies, Stream stream, Dead
     const Guard guard(mutex_);
     const Guard range_guard(range_->mutex_);
     const std::vector<Occupancy> sites = occupied();
-    // Sources from the emptiest extent on, targets from the fullest on, until they meet. Where blocks do not
-    // divide extents a block touches two of them, so each is looked at as a source, a target and a neighbour.
-    std::vector<uint8_t> leaving(claimed_.size(), 0);  // how many chosen sources the block touches
+    // Sources from the cheapest extent on, targets from the fullest on. A source that finds no room stays and
+    // may take blocks itself: a large extent cannot always be emptied, but it can empty small ones. Where
+    // blocks do not divide extents a block touches two of them, so each is looked at as a source, a target
+    // and a neighbour.
+    std::vector<uint32_t> leaving(claimed_.size(), 0);  // how many chosen sources the block touches
     std::vector<bool> moved(claimed_.size(), false);
     std::vector<bool> target(claimed_.size(), false);
     size_t fullest = sites.size();
@@ -197,27 +199,33 @@ CompactionPlan BlockPool::plan_compaction(size_t max_copies, Stream stream, Dead
         last = sites[fullest].last;
       }
     };
-    for (size_t source = 0; source < fullest; ++source) {
-      const Occupancy& site = sites[source];
+    size_t room = 0;  // blocks that could be targets, those of sources included
+    for (size_t i = 0; i < claimed_.size(); ++i) {
+      const auto block = static_cast<Block>(i);
+      if (usable(block) && range_->is_resident(block)) ++room;
+    }
+    for (const Occupancy& site : sites) {
       const size_t before = plan.copies.size();
       bool complete = true;
       for (Block block = site.first; block <= site.last; ++block) {
         ++leaving[static_cast<size_t>(block)];
         complete = complete && !target[static_cast<size_t>(block)];
       }
+      complete = complete && site.live <= room;
       for (Block block = site.first; block <= site.last && complete; ++block) {
         const auto i = static_cast<size_t>(block);
         if (!range_->held_[i] || moved[i]) continue;
         // Held outside this pool: its owner would not follow the move.
         complete = claimed_[i] && plan.copies.size() < max_copies;
         const Block to = complete ? next_target() : -1;
-        complete = to >= 0 && fullest > source;
+        complete = to >= 0;
         if (!complete) break;
         plan.copies.emplace_back(block, to);
         moved[i] = target[static_cast<size_t>(to)] = true;
       }
       if (complete) {
         plan.freed_bytes += site.bytes;
+        room -= plan.copies.size() - before;
         continue;
       }
       for (size_t i = before; i < plan.copies.size(); ++i) {

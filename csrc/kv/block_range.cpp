@@ -47,6 +47,7 @@ Geometry checked(const Geometry& geometry, size_t granularity) {
 
 std::shared_ptr<BlockRange> BlockRange::make(std::shared_ptr<Arena> arena, AccountId account,
                                              std::string name, const Geometry& geometry) {
+  (void)arena->account(account);  // refuses before the driver is called, which a forked child may not do
   std::shared_ptr<BlockRange> range(
       new BlockRange(arena, account, std::move(name), checked(geometry, arena->granularity())));
   range->writer_ = arena->attach(range, account);

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 import torch_elastic_mem as tem
-from tests.rungs import MiB, FakeRung, Rung
+from tests.rungs import FakeRung, MiB, Rung
 from torch_elastic_mem import _C
 
 G = 2 * MiB
@@ -147,7 +147,12 @@ def test_out_of_memory_says_what_was_asked_who_holds_it_and_what_to_do(home: Hom
     keep = home.heap.allocate(20 * G, 0)
     with pytest.raises(tem.OutOfMemory) as refused:
         home.heap.allocate(20 * G, 0)
-    for words in ("'training' asked for 40 MiB", "24 MiB of 64 MiB is free", "training holds 40 MiB", "To go on:"):
+    for words in (
+        "'training' asked for 40 MiB",
+        "24 MiB of 64 MiB is free",
+        "training holds 40 MiB",
+        "To go on:",
+    ):
         assert words in str(refused.value)
     home.heap.free(keep)
 
@@ -156,7 +161,9 @@ def test_a_double_free_names_the_pointer_and_changes_nothing(home: Home) -> None
     address, keep = home.heap.allocate(4096, 0), home.heap.allocate(4096, 0)
     home.heap.free(address)
     for wrong in (address, keep + 512, 0xDEAD000):
-        with pytest.raises(tem.InvalidArgument, match=f"free of {wrong:#x}, .*freed twice, or never allocated"):
+        with pytest.raises(
+            tem.InvalidArgument, match=f"free of {wrong:#x}, .*freed twice, or never allocated"
+        ):
             home.heap.free(wrong)
     assert home.heap.live_bytes == 4096
     home.heap.free(keep)
@@ -172,46 +179,83 @@ def test_a_heap_is_not_closed_under_live_blocks(home: Home) -> None:
         home.heap.free(address)
 
 
+class Load:
+    """Blocks in a heap and, step by step, what is done to them. A step that fails has done nothing."""
+
+    def __init__(self, rung: Rung) -> None:
+        self.home = Home(rung)
+        self.slow = rung.stream()
+        self.old = self.home.heap.allocate(3 * G, self.slow.handle)
+        self.shared = self.home.heap.allocate(G, 0)
+        self.live = {self.old, self.shared}
+        self.slow.submit()
+        self.home.heap.record_stream(self.shared, self.slow.handle)
+
+    def grow(self) -> None:
+        self.live.add(self.home.heap.allocate(5 * G, 0))
+
+    def free(self, address: int) -> None:
+        self.home.heap.free(address)
+        self.live.remove(address)
+
+    def steps(self) -> list[Callable[[], object]]:
+        trim = self.home.account.trim
+        return [
+            self.grow,
+            lambda: self.free(self.shared),
+            lambda: self.free(self.old),
+            *(trim, self.slow.complete, trim),
+        ]
+
+    def close(self) -> None:
+        for address in list(self.live):
+            self.free(address)
+        self.home.heap.close()
+        self.home.account.trim()
+        assert self.home.account.held == 0
+        self.home.account.close()
+        assert self.home.arena.snapshot().created == self.home.arena.snapshot().lost == 0
+        self.home.arena.close()
+
+
 @pytest.mark.rungs("fake")
 @pytest.mark.parametrize("code", [2, 999])
 def test_every_failing_driver_call_leaves_all_as_it_was(rung: FakeRung, code: int) -> None:
     n, reached = 0, True
     while reached:
         n += 1
-        home = Home(rung)
-        slow = rung.stream()
-        old = home.heap.allocate(3 * G, slow.handle)
-        shared = home.heap.allocate(G, 0)
-        slow.submit()
-        home.heap.record_stream(shared, slow.handle)
-        live = {old, shared}
+        load, failed = Load(rung), False
         rung.fail_nth(n, code)
-
-        def grow() -> None:
-            live.add(home.heap.allocate(5 * G, 0))  # noqa: B023  (called in this turn)
-
-        def free(address: int) -> None:
-            home.heap.free(address)  # noqa: B023
-            live.remove(address)  # noqa: B023
-
-        steps = [grow, lambda: free(shared), lambda: free(old), home.account.trim, slow.complete, home.account.trim]
-        for step in steps:
-            before = set(live)
+        for step in load.steps():
+            before = set(load.live)
             try:
                 step()
             except (tem.OutOfMemory, tem.DriverError):
-                assert live == before
+                assert load.live == before
+                failed = True
                 rung.fail_nth(0)
                 step()
-        reached = rung.calls() >= n
+        reached = failed or rung.calls() >= n
         rung.fail_nth(0)
-        for address in live:
-            home.heap.free(address)
-        home.heap.close()
-        home.account.trim()
-        assert home.account.held == 0
-        home.account.close()
-        assert home.arena.snapshot().created == home.arena.snapshot().lost == 0
-        home.arena.close()
-        del home, grow, free, steps, step
+        load.close()
+        del load, step
     assert n > 10
+
+
+@pytest.mark.parametrize("reader_is_behind", [True, False])
+def test_the_fence_of_a_block_is_the_moment_of_its_free(
+    home: Home, rung: Rung, reader_is_behind: bool
+) -> None:
+    mine, reader = rung.stream(), rung.stream()
+    blocks = [home.heap.allocate(G // 4, mine.handle) for _ in range(4)]
+    home.heap.record_stream(blocks[3], reader.handle)
+    if reader_is_behind:
+        reader.submit()
+    for address in blocks:
+        home.heap.free(address)
+    mine.submit()  # what comes after the frees holds nothing up
+    assert home.account.trim() == (0 if reader_is_behind else G)
+    reader.complete()
+    home.account.trim()
+    assert home.account.held == 0
+    mine.complete()

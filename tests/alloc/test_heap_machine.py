@@ -1,4 +1,4 @@
-"""An account's malloc against a model: who owns which bytes, what is written there, and what can be given back."""
+"""An account's malloc against a model: who owns which bytes, what is in them, and what can go back."""
 
 from __future__ import annotations
 

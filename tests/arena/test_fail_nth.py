@@ -81,7 +81,7 @@ def empty(rung: FakeRung) -> Scene:
     return made
 
 
-# What is atomic either raises and changes nothing, or is done. The others give back what they can, and say so.
+# What is atomic either raises and changes nothing, or is done. The others give back what they can.
 ATOMIC: dict[str, tuple[Callable[[FakeRung], Scene], Callable[[Scene], object]]] = {
     "reserve": (scene, lambda s: s.serving.range(8 * MiB)),
     "grow from the device": (scene, lambda s: s.new.grow(10 * MiB)),
@@ -136,7 +136,7 @@ def test_every_nth_call_may_fail(rung: FakeRung, name: str, code: int) -> None:
     before = rung.live()
     made = prepare(rung)
     total = count_calls(rung, made, act)
-    assert total < 200 and (total > 0 or name == "refill"), "the arena's thread may have been first"
+    assert total < 200 and (total > 0 or name in PARTIAL), "the arena's thread may be first"
     if name != "close the arena":
         finish(rung, made, before)
     for n in range(1, total + 1):
@@ -290,4 +290,3 @@ def test_a_memset_that_was_queued_before_another_failed_still_finds_its_memory(r
         assert rung.read(stripes.base(0), 64) == rung.read(stripes.base(1), 64) == bytes(64)
     assert second_failed
     assert arena.snapshot().lost == 0
-

@@ -190,3 +190,17 @@ def test_a_release_on_a_stream_that_is_gone_changes_nothing(rung: Rung) -> None:
     assert memory.mapped == account.held == 4 * MiB
     memory.shrink(4 * MiB)
     assert account.held == 0
+
+
+def test_a_lower_demand_waits_for_what_a_higher_class_has_let_go_of(rung: Rung) -> None:
+    arena = rung.arena(8 * MiB)
+    stream = rung.stream()
+    high = filled(arena.account("high", "serving"), 8 * MiB, stream=stream.handle)
+    low = arena.account("low", "idle").range(8 * MiB)
+    stream.submit()
+    high.shrink(8 * MiB, stream=stream.handle)
+    timer = threading.Timer(0.05, stream.complete)
+    timer.start()
+    low.grow(8 * MiB, timeout=30)
+    timer.join()
+    assert (high.resident, low.mapped) == (0, 8 * MiB)

@@ -21,7 +21,8 @@ def evicting(account: tem.Account, memory: ElasticRange, rung: str = "evict") ->
 
     def give(nbytes: int, timeout: float) -> None:
         asked.append(nbytes)
-        memory.shrink(min(memory.mapped, nbytes))
+        if memory.mapped:
+            memory.shrink(min(memory.mapped, nbytes))
 
     account.on_reclaim(give, rung=rung)
     return asked
@@ -161,7 +162,10 @@ def test_a_peer_yields_down_to_its_share(rung: Rung) -> None:
 
 def test_min_is_not_crossed_even_where_only_a_whole_extent_could_go(rung: Rung) -> None:
     arena = rung.arena(16 * MiB)
-    training, serving = arena.account("training", "training", min=6 * MiB), arena.account("serving", "serving")
+    training, serving = (
+        arena.account("training", "training", min=6 * MiB),
+        arena.account("serving", "serving"),
+    )
     whole = training.range(8 * MiB, keep=8 * MiB)
     whole.grow(8 * MiB)  # one extent
     whole.shrink(8 * MiB)

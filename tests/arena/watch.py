@@ -16,8 +16,8 @@ EXTENT = 2 * MiB
 
 def filled(account: tem.Account, nbytes: int, *, keep: int = 0, stream: int = 0) -> ElasticRange:
     """A range with memory under all of it, in extents of one granule."""
-    made = account.range(nbytes, keep=keep)
-    made.grow(nbytes, extent=EXTENT, stream=stream)
+    made = account.range(nbytes, keep=keep, extent=EXTENT)
+    made.grow(nbytes, stream=stream)
     return made
 
 
@@ -77,3 +77,17 @@ def comes_true(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
             return False
         time.sleep(0.002)
     return True
+
+
+class Pair:
+    """Training holds all of 16 MiB; serving wants some."""
+
+    def __init__(self, rung: Rung, timeout: float = 1.0) -> None:
+        self.arena = rung.arena(16 * MiB, yield_timeout=timeout)
+        self.training = self.arena.account("training", "training")
+        self.serving = self.arena.account("serving", "serving")
+        self.old = filled(self.training, 16 * MiB)
+        self.new = self.serving.range(16 * MiB)
+
+    def give(self, nbytes: int, timeout: float) -> None:
+        self.old.shrink(min(nbytes, self.old.mapped))

@@ -1,4 +1,4 @@
-"""Whichever driver call fails, a cache and its pool are as they were, and everything comes back in the end."""
+"""Whichever driver call fails, a cache and its pool are as they were, and all comes back in the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch_elastic_mem as tem  # noqa: E402
-from tests.rungs import MiB, FakeRung  # noqa: E402
+from tests.rungs import FakeRung, MiB  # noqa: E402
 
 pytestmark = pytest.mark.rungs("fake")
 G = 2 * MiB
@@ -37,6 +37,8 @@ class World:
         gone = [self.live[1], self.live[3], self.live[5], self.live[6], self.live[7]]
         self.pool.free(gone)
         self.live = [block for block in self.live if block not in gone]
+        self.outside = [22, 23]  # held by ensure(), not by the pool
+        self.kv.ensure(self.outside)
 
     def write(self, block: int) -> None:
         for tensor in self.kv.tensors:
@@ -45,17 +47,17 @@ class World:
     def check(self) -> None:
         """What holds whatever has failed."""
         assert self.account.held == self.kv.resident_bytes
-        assert self.kv.live_bytes == len(self.live) * self.kv.block_bytes
+        assert self.kv.live_bytes == (len(self.live) + len(self.outside)) * self.kv.block_bytes
         assert self.pool.num_live == len(self.live)
+        assert all(self.kv.is_resident(block) for block in self.live + self.outside)
         for block in self.live:
-            assert self.kv.is_resident(block)
             assert all(int(t[block, 0]) == int(t[block, -1]) == block + 1 for t in self.kv.tensors)
 
     def close(self) -> None:
         self.rung.fail_nth(0)
         self.check()
-        if self.live:
-            self.pool.free(self.live)
+        self.pool.free(self.live)
+        self.kv.release(self.outside)
         self.arena.collect()
         self.account.trim()
         assert self.account.held == 0
@@ -68,9 +70,13 @@ class World:
 
 
 def ensure(world: World) -> None:
-    blocks = [block for block in (5, 6, 13, 20, 21) if block not in world.live]
-    world.kv.ensure(blocks)
-    world.kv.release(blocks)
+    world.kv.ensure([5, 6, 13, 20, 21])
+    world.outside += [5, 6, 13, 20, 21]
+
+
+def release(world: World) -> None:
+    world.kv.release(world.outside)
+    world.outside = []
 
 
 def allocate(world: World) -> None:
@@ -114,7 +120,7 @@ def trim(world: World) -> None:
     world.account.trim()
 
 
-OPERATIONS: list[Callable[[World], None]] = [ensure, allocate, free, compact, give_up, trim]
+OPERATIONS: list[Callable[[World], None]] = [ensure, release, allocate, free, compact, give_up, trim]
 
 
 @pytest.fixture(params=["block", "layer"])
@@ -128,29 +134,57 @@ def layout(request: pytest.FixtureRequest) -> Iterator[Any]:
 def test_every_failing_call_leaves_all_as_it_was(
     rung: FakeRung, layout: str, operation: Callable[[World], None], code: int, keep: int
 ) -> None:
-    n, failed = 0, 0
-    while True:
+    n, reached = 0, True
+    while reached:
         n += 1
         world = World(rung, layout, keep)
         # Only this operation's own calls are counted: nobody else runs while extents wait for nothing.
         world.arena.refill()
+        failed = False
         rung.fail_nth(n, code)
         try:
             operation(world)
         except (tem.OutOfMemory, tem.DriverError) as error:
-            failed += 1
             assert str(error)
+            failed = True
             rung.fail_nth(0)
             world.check()
-            if operation is not ensure:  # what it ensured may be held when the release fails
-                operation(world)
-        reached = rung.calls() >= n
-        if operation is ensure:
-            rung.fail_nth(0)
-            outside = [b for b in range(24) if world.kv._core.held(b) and b not in world.live]
-            if outside:
-                world.kv.release(outside)
+            operation(world)
+        reached = failed or rung.calls() >= n
         world.close()
-        if not reached:
+    assert n > 2 or operation is trim
+
+
+def test_a_cache_that_cannot_be_made_leaves_nothing(rung: FakeRung, layout: str) -> None:
+    world = World(rung, layout, 0)
+    world.arena.refill()
+    before = rung.live()
+    options: Any = {"layers": 3, "layout": layout}
+    for n in range(1, 10):
+        rung.fail_nth(n, 999)
+        try:
+            made = tem.ElasticKVTensor(world.account, 24, (G,), torch.uint8, **options)
+        except tem.DriverError:
+            assert rung.live() == before
+        else:
+            rung.fail_nth(0)
+            made.close()
+            del made
             break
-    assert n > 1 or operation in (trim, give_up)
+    assert n == (2 if layout == "block" else 4), "one reservation a stripe"
+    world.close()
+
+
+def test_a_close_that_fails_leaves_it_open(rung: FakeRung, layout: str) -> None:
+    world = World(rung, layout, 0)
+    other = tem.ElasticKVTensor(world.account, 4, (G,), torch.uint8)
+    other.ensure([1])
+    other.tensor[1, 0] = 9
+    rung.fail_nth(1, 999)
+    with pytest.raises(tem.DriverError):
+        other.close()
+    assert int(other.tensor[1, 0]) == 9
+    other.ensure([2])
+    other.close()
+    del other
+    world.close()

@@ -47,7 +47,7 @@ def mask(blocks: list[int]) -> torch.Tensor:
 
 
 def rows(x: torch.Tensor, blocks: list[int]) -> torch.Tensor:
-    return torch.zeros(len(blocks), *x.shape[1:])
+    return x.new_zeros(len(blocks), *x.shape[1:])
 
 
 # Each touches every block it is given, and no other.
@@ -58,11 +58,11 @@ BY_BLOCK: dict[str, Operation] = {
     "fill_": lambda x, b: [x[i].fill_(1) for i in b],
     "zero_ of a part": lambda x, b: [x[i, 1, :4].zero_() for i in b],
     "assignment": lambda x, b: [x.__setitem__(i, 1.0) for i in b],
-    "copy_ into": lambda x, b: [x[i].copy_(torch.zeros(x.shape[1:])) for i in b],
-    "copy_ from": lambda x, b: [torch.zeros(x.shape[1:]).copy_(x[i]) for i in b],
-    "out=": lambda x, b: [torch.add(torch.ones(x.shape[1:]), 1, out=x[i]) for i in b],
-    "matmul": lambda x, b: [x[i] @ torch.zeros(x.shape[2], 1) for i in b],
-    "matmul of a transpose": lambda x, b: [torch.zeros(1, 2) @ x[i] @ x[i].T for i in b],
+    "copy_ into": lambda x, b: [x[i].copy_(x.new_zeros(x.shape[1:])) for i in b],
+    "copy_ from": lambda x, b: [x.new_zeros(x.shape[1:]).copy_(x[i]) for i in b],
+    "out=": lambda x, b: [torch.add(x.new_ones(x.shape[1:]), 1, out=x[i]) for i in b],
+    "matmul": lambda x, b: [x[i] @ x.new_zeros(x.shape[2], 1) for i in b],
+    "matmul of a transpose": lambda x, b: [x.new_zeros(1, 2) @ x[i] @ x[i].T for i in b],
     "cat": lambda x, b: torch.cat([x[i] for i in b]),
     "stack of parts": lambda x, b: torch.stack([x[i, 0] for i in b]),
     "slices": lambda x, b: [x[i : i + 1].mul_(2) for i in b],
@@ -167,7 +167,7 @@ def test_tensors_of_others_are_not_looked_at(kv: tem.ElasticKVTensor) -> None:
 
 
 def test_results_and_gradients_are_those_without_the_check(kv: tem.ElasticKVTensor) -> None:
-    weight = torch.ones(kv.layer(0).shape[2], requires_grad=True)
+    weight = torch.ones(kv.layer(0).shape[2], device=kv.layer(0).device, requires_grad=True)
     plain = (kv.layer(0)[index(HELD)] @ weight).sum()
     (wanted,) = torch.autograd.grad(plain, weight)
     with kv.checked():
@@ -181,9 +181,8 @@ def test_it_is_this_threads_alone_and_ends_with_the_block(kv: tem.ElasticKVTenso
     refused = []
 
     def look() -> None:
-        with pytest.raises(tem.NotResident):
-            with kv.checked():
-                kv.layer(0)[2].sum()
+        with pytest.raises(tem.NotResident), kv.checked():
+            kv.layer(0)[2].sum()
         refused.append(True)
 
     with kv.checked():
