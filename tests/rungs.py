@@ -281,6 +281,6 @@ class CudaRung(Rung):
         buffer = ctypes.create_string_buffer(data, len(data))
         (error,) = driver.cuMemcpyHtoD(address, ctypes.addressof(buffer), len(data))
         assert error == driver.CUresult.CUDA_SUCCESS, error
-        # A copy from pageable memory may return before it is done. Streams that a test holds up are not waited for.
+        # A copy from pageable memory may return before it is done.
         (error,) = driver.cuStreamSynchronize(0)
         assert error == driver.CUresult.CUDA_SUCCESS, error

@@ -58,9 +58,9 @@ class Fence {
     for (const auto& held : marks_) {
       if (held == mark || held->covers(*mark)) return;
     }
-    marks_.erase(std::remove_if(marks_.begin(), marks_.end(),
-                                [&](const auto& held) { return mark->covers(*held); }),
-                 marks_.end());
+    marks_.erase(
+        std::remove_if(marks_.begin(), marks_.end(), [&](const auto& held) { return mark->covers(*held); }),
+        marks_.end());
     marks_.push_back(std::move(mark));
   }
 

@@ -20,16 +20,16 @@
 namespace tem {
 
 using Address = uintptr_t;
-using Handle = uint64_t;     // a physical allocation
-using Stream = uintptr_t;    // CUstream as an integer; 0 is the default stream
-using EventId = uint64_t;    // a recorded event
+using Handle = uint64_t;   // a physical allocation
+using Stream = uintptr_t;  // CUstream as an integer; 0 is the default stream
+using EventId = uint64_t;  // a recorded event
 
 struct Capabilities {
-  std::string backend;      // "host" or "cuda"
-  std::string device;       // a name for people
-  std::string uuid;         // "GPU-xxxxxxxx-...", the key of a device; "HOST-..." for the host backend
-  int ordinal = 0;          // torch's index of the device in this process
-  size_t granularity = 0;   // bytes; every size and address below is a multiple of it
+  std::string backend;     // "host" or "cuda"
+  std::string device;      // a name for people
+  std::string uuid;        // "GPU-xxxxxxxx-...", the key of a device; "HOST-..." for the host backend
+  int ordinal = 0;         // torch's index of the device in this process
+  size_t granularity = 0;  // bytes; every size and address below is a multiple of it
 };
 
 struct MemoryInfo {

@@ -35,8 +35,8 @@ class PagedDecoder:
         mask = causal_mask(length, self._device)
 
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
-            # By slices: a scatter by index may first copy all that it writes into, and most of the cache has no
-            # memory behind it.
+            # By slices: a scatter by index may first copy all that it writes into, and most of the cache has
+            # no memory behind it.
             stored, size = self._layers[layer], self._block_tokens
             for begin, end in runs(blocks[: length // size]):
                 part = qkv[0, begin * size : end * size, 1:].unflatten(0, (end - begin, size)).transpose(1, 2)
