@@ -16,12 +16,11 @@ from torch_elastic_mem.errors import NotResident
 # Their first argument is the tensor that is indexed, along dimension 0 where a `dim` argument says so.
 _BY_ROWS = {
     "aten::index_select": 2,
-    "aten::index_copy": 2,
     "aten::index_copy_": 2,
     "aten::index_add_": 2,
     "aten::index_fill_": 2,
 }
-_BY_INDICES = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+_BY_INDICES = ("aten::index", "aten::index_put_", "aten::_index_put_impl_")
 # Operations that ask a tensor for its shape, dtype or device alone.
 _BY_SHAPE = {
     f"aten::{name}"
@@ -77,7 +76,9 @@ class ResidencyCheck(TorchDispatchMode):
         name = func._schema.name
         for position, argument in enumerate(args):
             for tensor in _tensors(argument):
-                if position == 0 and name in _BY_INDICES:
+                if position == 0 and _copies_whole(name, tensor, args):
+                    self._refuse(name, self._reached(tensor))
+                elif position == 0 and name in _BY_INDICES:
                     self._refuse(name, self._indexed(tensor, args[1]))
                 elif position == 0 and name in _BY_ROWS and args[1] == 0:
                     self._refuse(name, self._rows(tensor, args[_BY_ROWS[name]]))
@@ -143,6 +144,14 @@ class _Readers(TorchFunctionMode):
         if func in _READERS:
             self._check.check_reader(f"Tensor.{func.__name__}", args[0])
         return func(*args, **(kwargs or {}))
+
+
+def _copies_whole(name: str, tensor: torch.Tensor, args: tuple[Any, ...]) -> bool:
+    """Whether CUDA makes all of the tensor contiguous before it writes rows: it sorts what accumulates."""
+    if not tensor.is_cuda or tensor.is_contiguous() or not name.endswith("_"):
+        return False
+    accumulates = name in _BY_INDICES and len(args) > 3 and bool(args[3])
+    return accumulates or torch.are_deterministic_algorithms_enabled()
 
 
 def _is_view(func: Any) -> bool:

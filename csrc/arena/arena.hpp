@@ -195,7 +195,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   bool anything_pending();
   std::shared_ptr<Reclaimer> next_reclaimer(const std::vector<Ask>& asks, const std::vector<uint64_t>& spent,
                                             Rung worst) const;
-  void squeeze(Lock& lock, AccountId demander, const std::string& label, Deadline deadline, Rung worst,
+  void squeeze(Lock& lock, AccountId demander, std::string label, Deadline deadline, Rung worst,
                const std::function<size_t()>& shortage, const PlanFn& plan);
   void trim_self(Lock& lock, AccountId id, size_t target, Rung worst, Deadline deadline);
 

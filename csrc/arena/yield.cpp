@@ -238,7 +238,9 @@ std::shared_ptr<Arena::Reclaimer> Arena::next_reclaimer(const std::vector<Ask>& 
   return nullptr;
 }
 
-void Arena::squeeze(Lock& lock, AccountId demander, const std::string& label, Deadline deadline, Rung worst,
+/// Has others yield until nothing is missing, nobody has more to give, or time is up. The label is a copy: a
+/// reclaimer may close the account that it names.
+void Arena::squeeze(Lock& lock, AccountId demander, std::string label, Deadline deadline, Rung worst,
                     const std::function<size_t()>& shortage, const PlanFn& plan) {
   // Fences usually pass soon, and what they free costs nobody anything. A stream that is stuck must not keep
   // the reclaimers from their half of the time.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 
@@ -91,6 +92,8 @@ WHOLE: dict[str, Callable[[torch.Tensor], object]] = {
     "index_select by column": lambda x: torch.index_select(x, 1, index([0])),
     "a column": lambda x: x[:, 0, 0].sum(),
     "index behind the blocks": lambda x: x[:, index([0])],
+    "index_put out of place": lambda x: x.index_put((index(HELD),), rows(x, HELD)),
+    "index_copy out of place": lambda x: x.index_copy(0, index(HELD), rows(x, HELD)),
     "repr": repr,
     "tolist": lambda x: x.tolist(),
     "contiguous of a permutation": lambda x: x.transpose(0, 1).contiguous(),
@@ -117,7 +120,8 @@ SHAPE: dict[str, Callable[[torch.Tensor], object]] = {
 
 @pytest.mark.parametrize("name", BY_BLOCK)
 def test_what_touches_blocks_with_memory_goes_through(kv: tem.ElasticKVTensor, name: str) -> None:
-    with kv.checked():
+    sorts = kv.tensors[0].is_cuda and not kv.layer(0).is_contiguous() and name.endswith("accumulates")
+    with kv.checked(), pytest.raises(tem.NotResident) if sorts else nullcontext():
         for layer in range(2):
             BY_BLOCK[name](kv.layer(layer), HELD)
 
