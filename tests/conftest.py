@@ -25,6 +25,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # The long style prints arguments. Printing a cache reads blocks without memory, and a GPU that has
+    # faulted once fails every test that comes after.
+    if "cuda" in (config.getoption("--rung") or []) and config.option.tbstyle == "auto":
+        config.option.tbstyle = "short"
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "rung" in metafunc.fixturenames:
         names = metafunc.config.getoption("--rung") or ["host", "fake"]

@@ -39,12 +39,12 @@ def kv(rung: Rung, request: pytest.FixtureRequest) -> Iterator[tem.ElasticKVTens
         yield made
 
 
-def index(blocks: list[int]) -> torch.Tensor:
-    return torch.tensor(blocks)
+def index(blocks: list[int], x: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.tensor(blocks, device=None if x is None else x.device)
 
 
-def mask(blocks: list[int]) -> torch.Tensor:
-    return torch.zeros(8, dtype=torch.bool).index_fill_(0, index(blocks), True)
+def mask(blocks: list[int], x: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(8, dtype=torch.bool, device=x.device).index_fill_(0, index(blocks, x), True)
 
 
 def rows(x: torch.Tensor, blocks: list[int]) -> torch.Tensor:
@@ -68,20 +68,20 @@ BY_BLOCK: dict[str, Operation] = {
     "stack of parts": lambda x, b: torch.stack([x[i, 0] for i in b]),
     "slices": lambda x, b: [x[i : i + 1].mul_(2) for i in b],
     "unbind": lambda x, b: [x.unbind(0)[i].sum() for i in b],
-    "index": lambda x, b: x[index(b)],
-    "index from the end": lambda x, b: x[index(b) - 8],
-    "index of one row": lambda x, b: x[index(b), 1],
+    "index": lambda x, b: x[index(b, x)],
+    "index from the end": lambda x, b: x[index(b, x) - 8],
+    "index of one row": lambda x, b: x[index(b, x), 1],
     "index by a list": lambda x, b: x[b],
-    "index by a mask": lambda x, b: x[mask(b)],
-    "index_put": lambda x, b: x.__setitem__(index(b), 1.0),
-    "index_put by a mask": lambda x, b: x.__setitem__(mask(b), 1.0),
-    "index_put_ that accumulates": lambda x, b: x.index_put_((index(b),), rows(x, b), accumulate=True),
-    "index_select": lambda x, b: torch.index_select(x, 0, index(b)),
-    "index_select into": lambda x, b: torch.index_select(x, 0, index(b), out=rows(x, b)),
-    "index_copy_": lambda x, b: x.index_copy_(0, index(b), rows(x, b)),
-    "index_add_": lambda x, b: x.index_add_(0, index(b), rows(x, b)),
-    "index_fill_": lambda x, b: x.index_fill_(0, index(b), 2.0),
-    "index of a slice": lambda x, b: x[:, 1:][index(b)],
+    "index by a mask": lambda x, b: x[mask(b, x)],
+    "index_put": lambda x, b: x.__setitem__(index(b, x), 1.0),
+    "index_put by a mask": lambda x, b: x.__setitem__(mask(b, x), 1.0),
+    "index_put_ that accumulates": lambda x, b: x.index_put_((index(b, x),), rows(x, b), accumulate=True),
+    "index_select": lambda x, b: torch.index_select(x, 0, index(b, x)),
+    "index_select into": lambda x, b: torch.index_select(x, 0, index(b, x), out=rows(x, b)),
+    "index_copy_": lambda x, b: x.index_copy_(0, index(b, x), rows(x, b)),
+    "index_add_": lambda x, b: x.index_add_(0, index(b, x), rows(x, b)),
+    "index_fill_": lambda x, b: x.index_fill_(0, index(b, x), 2.0),
+    "index of a slice": lambda x, b: x[:, 1:][index(b, x)],
 }
 # Each touches all blocks.
 WHOLE: dict[str, Callable[[torch.Tensor], object]] = {
@@ -89,11 +89,11 @@ WHOLE: dict[str, Callable[[torch.Tensor], object]] = {
     "clone": lambda x: x.clone(),
     "zero_": lambda x: x.zero_(),
     "add": lambda x: x + 1,
-    "index_select by column": lambda x: torch.index_select(x, 1, index([0])),
+    "index_select by column": lambda x: torch.index_select(x, 1, index([0], x)),
     "a column": lambda x: x[:, 0, 0].sum(),
-    "index behind the blocks": lambda x: x[:, index([0])],
-    "index_put out of place": lambda x: x.index_put((index(HELD),), rows(x, HELD)),
-    "index_copy out of place": lambda x: x.index_copy(0, index(HELD), rows(x, HELD)),
+    "index behind the blocks": lambda x: x[:, index([0], x)],
+    "index_put out of place": lambda x: x.index_put((index(HELD, x),), rows(x, HELD)),
+    "index_copy out of place": lambda x: x.index_copy(0, index(HELD, x), rows(x, HELD)),
     "repr": repr,
     "tolist": lambda x: x.tolist(),
     "contiguous of a permutation": lambda x: x.transpose(0, 1).contiguous(),
