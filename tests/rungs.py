@@ -7,6 +7,7 @@ import gc
 import sys
 import traceback
 import weakref
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,7 +46,7 @@ def is_open(arena: tem.Arena) -> bool:
         return False
 
 
-class Rung:
+class Rung(ABC):
     """Common to all. Arenas and streams it made are closed with it."""
 
     name = ""
@@ -90,8 +91,8 @@ class Rung:
         self._streams.append(made)
         return made
 
-    def _new_stream(self) -> Stream:
-        raise NotImplementedError
+    @abstractmethod
+    def _new_stream(self) -> Stream: ...
 
     def read(self, address: int, count: int) -> bytes:
         """Bytes of device memory."""

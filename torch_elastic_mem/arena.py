@@ -15,8 +15,8 @@ from torch_elastic_mem.snapshot import AccountSnapshot, Snapshot, YieldRecord
 from torch_elastic_mem.units import parse_bytes
 
 # Left free on a GPU for what lives outside the arena (the CUDA context, cuBLAS, other processes' first
-# steps): a device with nothing free makes the driver's next allocation wait 8 ms. Between the marks lie warm
-# extents.
+# steps): a device with nothing free makes the driver's next allocation wait for milliseconds. Between the
+# marks lie warm extents.
 CUDA_RESERVE = (256 << 20, 1280 << 20)
 LIBCUDA = "libcuda.so.1"
 

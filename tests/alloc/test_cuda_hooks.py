@@ -130,7 +130,8 @@ def test_blocks_of_a_stream_are_that_streams(account: tem.Account, rung: FakeRun
 
 
 def test_the_torch_object_is_for_the_accounts_own_device(account: tem.Account) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     for device in ("cuda:1", "cpu", "host", "cuda:x"):
         with pytest.raises(tem.InvalidArgument, match="the account 'training' is on cuda:0"):
             tem.torch_allocator(device, account)

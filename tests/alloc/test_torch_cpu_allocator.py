@@ -7,10 +7,9 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-import torch_elastic_mem as tem  # noqa: E402
+import torch_elastic_mem as tem
 
 MiB = 1 << 20
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch")
-
 import torch_elastic_mem as tem
 
 IMPORTS = """

@@ -36,7 +36,8 @@ def test_accounts_and_arenas_in_use_stay_open_and_say_by_whom(rung: Rung) -> Non
 
 
 def test_an_arena_stays_open_while_a_tensor_lives(rung: Rung) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     arena = rung.arena()
     account = arena.account("tenant")
     kv = tem.ElasticKVTensor(account, 64, (64, 1024), torch.float32)

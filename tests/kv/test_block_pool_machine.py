@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-torch = pytest.importorskip("torch")
-
-import torch_elastic_mem as tem  # noqa: E402
+import torch_elastic_mem as tem
 
 pytestmark = pytest.mark.core
 

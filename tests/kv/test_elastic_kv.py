@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-import torch_elastic_mem as tem  # noqa: E402
-from tests.rungs import MiB, Rung  # noqa: E402
+import torch_elastic_mem as tem
+from tests.rungs import MiB, Rung
 
 G = 2 * MiB
 DTYPES = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)

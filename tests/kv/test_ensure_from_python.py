@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-np = pytest.importorskip("numpy")
-
-import torch_elastic_mem as tem  # noqa: E402
-from tests.rungs import MiB, Rung  # noqa: E402
+import torch_elastic_mem as tem
+from tests.rungs import MiB, Rung
 
 
 class Index:

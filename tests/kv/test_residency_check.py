@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-import torch_elastic_mem as tem  # noqa: E402
-from tests.rungs import MiB, Rung  # noqa: E402
+import torch_elastic_mem as tem
+from tests.rungs import MiB, Rung
 
 G = 2 * MiB
 HELD, ABSENT = [0, 1, 6], [2, 5, 7]  # blocks as large as an extent
