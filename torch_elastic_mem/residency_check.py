@@ -76,7 +76,7 @@ class ResidencyCheck(TorchDispatchMode):
         name = func._schema.name
         for position, argument in enumerate(args):
             for tensor in _tensors(argument):
-                if position == 0 and _copies_whole(name, tensor, args):
+                if position == 0 and _touches_whole(name, tensor, args):
                     self._refuse(name, self._reached(tensor))
                 elif position == 0 and name in _BY_INDICES:
                     self._refuse(name, self._indexed(tensor, args[1]))
@@ -128,7 +128,7 @@ class ResidencyCheck(TorchDispatchMode):
         first = indices[0] if indices else None
         if not isinstance(first, torch.Tensor):
             return self._reached(tensor)
-        if first.dtype in (torch.bool, torch.uint8):
+        if _is_mask(first):
             first = first.nonzero()[:, 0]
         return self._rows(tensor, first)
 
@@ -146,12 +146,22 @@ class _Readers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _copies_whole(name: str, tensor: torch.Tensor, args: tuple[Any, ...]) -> bool:
-    """Whether CUDA makes all of the tensor contiguous before it writes rows: it sorts what accumulates."""
-    if not tensor.is_cuda or tensor.is_contiguous() or not name.endswith("_"):
+def _touches_whole(name: str, tensor: torch.Tensor, args: tuple[Any, ...]) -> bool:
+    """Whether CUDA goes through all of a tensor of which the caller names rows.
+
+    Where it sorts the indices (to accumulate, or to be deterministic) it makes the tensor contiguous first.
+    One number written through a mask is a masked_fill, which reads and writes back what the mask leaves out.
+    """
+    if not tensor.is_cuda or not name.endswith("_"):
         return False
+    if name in _BY_INDICES and all(map(_is_mask, args[1])) and args[2].numel() == 1 and args[2].is_cpu:
+        return True
     accumulates = name in _BY_INDICES and len(args) > 3 and bool(args[3])
-    return accumulates or torch.are_deterministic_algorithms_enabled()
+    return not tensor.is_contiguous() and (accumulates or torch.are_deterministic_algorithms_enabled())
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
 def _is_view(func: Any) -> bool:
