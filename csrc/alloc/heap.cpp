@@ -4,11 +4,22 @@
 #include <cstdio>
 #include <utility>
 
+#include "alloc/directory.hpp"
 #include "core/error.hpp"
 #include "core/sizes.hpp"
 
 namespace tem {
 namespace {
+
+/// Regions of the reservation, in parts of the device's memory. Small blocks seldom are a large part of it.
+constexpr size_t kSmallFactor = 1;
+constexpr size_t kLargeFactor = 4;
+/// How long an allocation waits for fences of memory that is already free. malloc has nobody to ask.
+constexpr double kFenceWait = 1.0;  // seconds
+
+size_t region(Arena& arena, size_t factor) {
+  return round_up(checked_mul(arena.handles().backend->memory_info().total, factor), kMaxExtent);
+}
 
 std::string text_of(const void* pointer) {
   char text[32];
@@ -16,358 +27,287 @@ std::string text_of(const void* pointer) {
   return text;
 }
 
+size_t rounded_of(size_t requested) { return round_up(std::max<size_t>(requested, 1), kAlignment); }
+
 }  // namespace
 
-std::shared_ptr<Heap> Heap::make(std::shared_ptr<Arena> arena, AccountId account, std::string name,
-                                 size_t bytes) {
+std::shared_ptr<Heap> Heap::make(std::shared_ptr<Arena> arena, AccountId account, std::string name) {
   (void)arena->account(account);  // refuses before the driver is called, which a forked child may not do
-  std::shared_ptr<Heap> heap(new Heap(arena, account, std::move(name), bytes));
+  std::shared_ptr<Heap> heap(new Heap(arena, account, std::move(name)));
   heap->writer_ = arena->attach(heap, account);
+  directory().add(heap->range_->base(), heap->range_->bytes(), heap.get());
   return heap;
 }
 
-Heap::Heap(std::shared_ptr<Arena> arena, AccountId account, std::string name, size_t bytes)
+Heap::Heap(std::shared_ptr<Arena> arena, AccountId account, std::string name)
     : account_(account),
-      name_(std::move(name)),
+      name_("the blocks of " + std::move(name)),
       device_(arena->handles().shared_from_this()),
-      range_(std::make_unique<Range>(arena->handles(), bytes)),
-      arena_(std::move(arena)) {
-  spans_[0].bytes = range_->bytes();
+      granularity_(arena->granularity()),
+      host_(arena->device().backend == "host"),
+      device_ordinal_(arena->device().ordinal),
+      range_(std::make_unique<Range>(arena->handles(),
+                                     region(*arena, kSmallFactor) + region(*arena, kLargeFactor))),
+      arena_(arena),
+      spans_(region(*arena, kSmallFactor), range_->bytes() - region(*arena, kSmallFactor)),
+      extents_(range_->bytes(), granularity_) {
+  for (const bool small : {true, false}) {
+    const size_t begin = spans_.region_begin(small);
+    absent_[begin] = spans_.at(begin);
+  }
 }
 
-void* Heap::allocate(size_t bytes, Stream stream, Deadline deadline) {
+void* Heap::allocate(size_t bytes, Stream stream) {
   born_.check(name_.c_str());
-  if (bytes > range_->bytes()) {
+  if (bytes > spans_.region_end(false) - spans_.region_begin(false)) {
     throw Error(Kind::kOutOfMemory, name_ + ": " + format_bytes(bytes) +
                                         " is more than this heap's addresses, " +
                                         format_bytes(range_->bytes()));
   }
-  const size_t rounded = round_up(std::max<size_t>(bytes, 1), kAlignment);
+  const size_t rounded = rounded_of(bytes);
   {
     const Guard guard(mutex_);
-    if (void* block = take(rounded, stream)) return block;
+    if (void* block = take(lane_for(stream, rounded <= kSmallBlock), rounded, bytes)) return block;
   }
-  return grow(rounded, stream, deadline);
+  return grow(rounded, bytes, stream, deadline_in(kFenceWait));
 }
 
-void* Heap::take(size_t bytes, Stream stream) {
-  unpark();
-  const auto fit = free_.lower_bound({stream, bytes, 0});
-  if (fit == free_.end() || std::get<0>(*fit) != stream) return nullptr;
-  const auto span = spans_.find(std::get<2>(*fit));
-  free_.erase(fit);
-  split(span, bytes);
-  span->second.state = State::kUsed;
-  span->second.fence = Fence();
-  live_bytes_ += bytes;
-  ++live_blocks_;
-  return reinterpret_cast<void*>(address(span->first));
-}
-
-/// Cuts a span that is in no list; the rest is listed as what the span was.
-void Heap::split(Spans::iterator span, size_t bytes) {
-  const size_t rest = span->second.bytes - bytes;
-  if (rest == 0) return;
-  Span tail = span->second;
-  tail.bytes = rest;
-  span->second.bytes = bytes;
-  const size_t offset = span->first + bytes;
-  if (tail.state == State::kFree) free_.insert({tail.stream, rest, offset});
-  spans_.emplace_hint(std::next(span), offset, std::move(tail));
-}
-
-void* Heap::grow(size_t bytes, Stream stream, Deadline deadline) {
-  const std::shared_ptr<Arena> arena = this->arena();
-  const size_t granularity = arena->granularity();
-  const size_t exact = round_up(bytes, granularity);
-  for (;;) {
-    size_t ahead = 0;
-    {
-      const Guard guard(mutex_);
-      ahead = round_up(bytes, ahead_extent(mapped_, granularity));
+void* Heap::take(Lane& lane, size_t rounded, size_t requested) {
+  if (!parked_.empty()) unpark();
+  Spot spot;
+  if (rounded <= kSlabBlock) {
+    const size_t number = size_class_of(rounded);
+    if (lane.slabs(number) == nullptr) {
+      Span* span = take_span(lane, slab_bytes(number));
+      if (span == nullptr) return nullptr;
+      make_slab(lane, span, number);
     }
-    std::optional<Grant> grant = ahead > exact ? arena->acquire_free(account_, ahead) : std::nullopt;
-    if (!grant) grant.emplace(arena->acquire(account_, exact, deadline, Rung::kTrim));
-
-    const Arena::Lock lock = arena->lock();
-    Piece piece;
-    {
-      const Guard guard(mutex_);
-      if (void* block = take(bytes, stream)) return block;
-      piece = find_absent(grant->bytes(), granularity);
-    }
-    if (piece.bytes == 0) {
-      throw Error(Kind::kOutOfMemory, name_ + ": no run of " + format_bytes(bytes) +
-                                          " addresses is left in " + format_bytes(range_->bytes()) +
-                                          "; free some blocks");
-    }
-    std::vector<Piece> extents;
-    cover(piece, kMaxExtent, extents);
-    std::vector<Place> places;
-    for (const Piece& extent : extents) places.push_back({range_.get(), extent});
-    arena->map(lock, *grant, places, writer_, stream);
-
-    const Guard guard(mutex_);
-    auto span = std::prev(spans_.upper_bound(piece.offset));
-    if (span->first != piece.offset) {
-      split(span, piece.offset - span->first);
-      span = std::next(span);
-    }
-    split(span, piece.bytes);
-    for (const Piece& extent : extents) extents_[extent.offset] = extent.bytes;
-    mapped_ += piece.bytes;
-    set_free(span, stream, Fence());
-    return take(bytes, stream);
+    Slab* slab = lane.slabs(number);
+    slab->came_back = slab->kept;
+    slab->kept = false;
+    spot = {slab->span(), slab->take(requested)};
+    if (slab->full()) lane.remove_slab(slab);
+  } else {
+    Span* span = take_span(lane, round_up(rounded, SpanMap::unit(lane.small)));
+    if (span == nullptr) return nullptr;
+    span->state = SpanState::kUsed;
+    span->requested = requested;
+    spot = {span, Slab::kNone};
   }
+  count_taken(lane, requested);
+  const Address at = address_of(spot);
+  tell(MallocEvent::Action::kAllocate, at, rounded, lane);
+  return reinterpret_cast<void*>(at);
 }
 
-/// The lowest run of absent space; large runs start where large extents fit.
-Piece Heap::find_absent(size_t bytes, size_t granularity) {
-  const size_t alignment = std::min(kMaxExtent, floor_pow2(bytes));
-  for (const size_t align : {alignment, granularity}) {
-    for (const auto& [offset, span] : spans_) {
-      if (span.state != State::kAbsent) continue;
-      const size_t start = round_up(offset, align);
-      if (start + bytes <= offset + span.bytes) return {start, bytes};
-    }
+Span* Heap::take_span(Lane& lane, size_t bytes) {
+  if (Span* hot = lane.take_hot(bytes)) {
+    lane.hit();
+    return hot;
   }
-  return {};
-}
-
-Heap::Spans::iterator Heap::used_at(void* pointer, const char* what) {
-  const auto span =
-      contains(pointer) ? spans_.find(reinterpret_cast<Address>(pointer) - range_->base()) : spans_.end();
-  if (span == spans_.end() || span->second.state != State::kUsed) {
-    throw Error(Kind::kInvalid,
-                name_ + ": " + what + " of " + text_of(pointer) +
-                    ", which is no live block of this heap (freed twice, or never allocated here)");
+  if (bytes == lane.last_freed) {
+    lane.hit();
+  } else {
+    lane.miss();
   }
+  lane.last_freed = 0;
+  while (Span* hot = lane.pop_hot()) set_free(hot);
+  Span* span = lane.take_fit(bytes);
+  if (span == nullptr || lane.pool.no_split) return span;
+  if (Span* rest = spans_.split(span, bytes)) lane.list(rest);
   return span;
+}
+
+void Heap::make_slab(Lane& lane, Span* span, size_t number) {
+  span->state = SpanState::kSlab;
+  span->slab = std::make_unique<Slab>(span, number);
+  spans_.tag_inside(span);
+  lane.add_slab(span->slab.get());
 }
 
 void Heap::free(void* pointer) {
   if (!born_.here()) return;
   const Guard guard(mutex_);
-  const auto span = used_at(pointer, "free");
-  Span& block = span->second;
-  // Recorded before anything changes: where the driver refuses, the block lives on.
-  Fence own = fence_of_free(span);
-  Fence others;
-  for (const Stream other : block.others) others.add(mark(other));
-  block.others.clear();
-  live_bytes_ -= block.bytes;
-  --live_blocks_;
-  if (others.passed()) {
-    set_free(span, block.stream, std::move(own));
-    return;
+  release(live_at(pointer, "free"));
+}
+
+void Heap::release(Spot spot) {
+  Span* span = spot.span;
+  const Lane& lane = *span->lane;
+  const size_t requested = requested_of(spot);
+  const size_t rounded = rounded_of(requested);
+  stats_.allocation.sub(lane.small, 1);
+  stats_.allocated_bytes.sub(lane.small, static_cast<int64_t>(rounded));
+  stats_.requested_bytes.sub(lane.small, static_cast<int64_t>(requested));
+  tell(MallocEvent::Action::kFree, address_of(spot), rounded, lane);
+  if (spot.in_slab() ? span->slab->shared() : !span->others.empty()) {
+    std::vector<Stream> others =
+        spot.in_slab() ? span->slab->take_others(spot.block) : std::exchange(span->others, {});
+    if (!others.empty()) return park(spot, std::move(others));
   }
-  block.state = State::kParked;
-  block.fence = std::move(others);
-  block.own = std::move(own);
-  parked_.insert(span->first);
+  put(spot);
+}
+
+/// What is free now for its stream: the end of every free.
+void Heap::put(Spot spot) {
+  Lane& lane = *spot.span->lane;
+  const size_t rounded = rounded_of(requested_of(spot));
+  stats_.active.sub(lane.small, 1);
+  stats_.active_bytes.sub(lane.small, static_cast<int64_t>(rounded));
+  tell(MallocEvent::Action::kFreed, address_of(spot), rounded, lane);
+  if (spot.in_slab()) return put_in_slab(spot);
+  Span* span = spot.span;
+  if (span->state == SpanState::kParked) {
+    list_free(span);  // stamped when it was parked
+  } else if (lane.expects(span->bytes)) {
+    lane.set_hot(span);
+  } else {
+    lane.last_freed = span->bytes;
+    set_free(span);
+  }
+}
+
+void Heap::put_in_slab(Spot spot) {
+  Slab* slab = spot.span->slab.get();
+  Lane& lane = *spot.span->lane;
+  if (slab->full()) lane.add_slab(slab);
+  slab->put(spot.block);
+  if (!slab->empty()) return;
+  if (slab->previous != nullptr || slab->next != nullptr) return drop_slab(slab);
+  // One empty slab stays, so that a single block that comes and goes does not make and drop one each time;
+  // once it has come back, it is as a hot block.
+  slab->kept = true;
+  if (slab->came_back) return;
+  Span* span = spot.span;
+  stamp(span);
+  if (leaves_extent_idle(span, span->offset, span->end())) mark(lane);
+}
+
+void Heap::drop_slab(Slab* slab) {
+  Span* span = slab->span();
+  const bool stamped = slab->kept && !slab->came_back;
+  span->lane->remove_slab(slab);
+  span->slab.reset();
+  if (stamped) {
+    list_free(span);
+  } else {
+    set_free(span);
+  }
+}
+
+/// Lists a span that has just been freed, and marks its stream if that leaves an extent idle.
+void Heap::set_free(Span* span) {
+  const size_t begin = span->offset;
+  const size_t end = span->end();
+  Lane& lane = *span->lane;
+  stamp(span);
+  const Span* joined = list_free(span);
+  if (leaves_extent_idle(joined, begin, end)) mark(lane);
+}
+
+/// Lists a span as free, joined with free neighbours of its lane.
+Span* Heap::list_free(Span* span) {
+  Lane& lane = *span->lane;
+  span->state = SpanState::kFree;
+  const auto joins = [&](const Span* other) {
+    return other != nullptr && other->state == SpanState::kFree && other->lane == &lane;
+  };
+  if (Span* next = spans_.after(span); joins(next)) {
+    lane.unlist(next);
+    spans_.join(span, next);
+  }
+  if (Span* previous = spans_.before(span); joins(previous)) {
+    lane.unlist(previous);
+    spans_.join(previous, span);
+    span = previous;
+  }
+  lane.list(span);
+  return span;
+}
+
+void Heap::stamp(const Span* span) {
+  Lane& lane = *span->lane;
+  extents_.touching(span->offset, span->end(),
+                    [&](MappedExtent& extent) { extent.stamp = lane.stamp(); });
+  lane.unmarked = true;
+}
+
+/// Whether an extent that touches `[begin, end)` of a free span has nothing left that lives; parked and hot
+/// blocks and empty slabs count as gone, for their stream has let them go.
+bool Heap::leaves_extent_idle(const Span* span, size_t begin, size_t end) {
+  const auto gone = [&](const Span* other) {
+    if (other == nullptr || other->lane != span->lane) return false;
+    return other->state == SpanState::kFree || other->state == SpanState::kParked ||
+           other->state == SpanState::kHot || (other->state == SpanState::kSlab && other->slab->empty());
+  };
+  const MappedExtent* first = extents_.over(begin);
+  const MappedExtent* last = extents_.over(end - 1);
+  size_t low = span->offset;
+  for (const Span* at = span; low > first->piece.offset && gone(at = spans_.before(at));) low = at->offset;
+  size_t high = span->end();
+  for (const Span* at = span; high < last->piece.end() && gone(at = spans_.after(at));) high = at->end();
+  bool idle = false;
+  extents_.touching(begin, end, [&](const MappedExtent& extent) {
+    idle |= extent.piece.offset >= low && extent.piece.end() <= high;
+  });
+  return idle;
+}
+
+/// While a pool is private its memory stays, and needs no mark; within a capture the driver allows none.
+void Heap::mark(Lane& lane) {
+  if (!is_private(lane.pool) && captures_.empty()) lane.mark();
 }
 
 void Heap::record_stream(void* pointer, Stream stream) {
   const Guard guard(mutex_);
-  Span& block = used_at(pointer, "record_stream")->second;
-  if (stream == block.stream) return;
-  if (std::find(block.others.begin(), block.others.end(), stream) == block.others.end())
-    block.others.push_back(stream);
+  const Spot spot = live_at(pointer, "record_stream");
+  if (stream == spot.span->lane->stream) return;
+  std::vector<Stream>& others = spot.in_slab() ? spot.span->slab->others(spot.block) : spot.span->others;
+  if (std::find(others.begin(), others.end(), stream) == others.end()) others.push_back(stream);
 }
 
-void Heap::unpark() {
-  for (auto it = parked_.begin(); it != parked_.end();) {
-    const auto span = spans_.find(*it);
-    if (!span->second.fence.passed()) {
-      ++it;
-      continue;
-    }
-    it = parked_.erase(it);
-    set_free(span, span->second.stream, std::exchange(span->second.own, Fence()));
-  }
-}
-
-/// The moment of this free on the block's own stream, where it leaves an extent with nothing that lives,
-/// parked blocks aside. An event costs about a microsecond: no other free needs one, since this covers the
-/// earlier ones.
-Fence Heap::fence_of_free(Spans::const_iterator span) const {
-  const Stream stream = span->second.stream;
-  const auto gone = [&](Spans::const_iterator other) {
-    const State state = other->second.state;
-    return other->second.stream == stream && (state == State::kFree || state == State::kParked);
-  };
-  const auto lowest = std::prev(extents_.upper_bound(span->first));
-  const auto beyond = extents_.lower_bound(span->first + span->second.bytes);
-  const size_t last_end = std::prev(beyond)->first + std::prev(beyond)->second;
-  auto first = span;
-  while (first->first > lowest->first && gone(std::prev(first))) --first;
-  auto last = span;
-  size_t end = last->first + last->second.bytes;
-  while (end < last_end && gone(std::next(last))) {
-    ++last;
-    end = last->first + last->second.bytes;
-  }
-  Fence fence;
-  for (auto extent = lowest; extent != beyond; ++extent) {
-    if (extent->first < first->first || extent->first + extent->second > end) continue;
-    auto now = mark(stream);
-    if (!now->passed()) fence.add(std::move(now));
-    break;
-  }
-  return fence;
-}
-
-/// Lists an unlisted span as free, joined with free neighbours of its stream.
-void Heap::set_free(Spans::iterator span, Stream stream, Fence fence) {
-  const auto swallow = [&](Spans::iterator into, Spans::iterator from) {
-    fence.add(from->second.fence);
-    into->second.bytes += from->second.bytes;
-    spans_.erase(from);
-  };
-  span->second.state = State::kFree;
-  span->second.stream = stream;
-  if (const auto next = std::next(span); joins(next, stream)) {
-    unlist(next);
-    swallow(span, next);
-  }
-  if (span != spans_.begin() && joins(std::prev(span), stream)) {
-    const auto previous = std::prev(span);
-    unlist(previous);
-    fence.add(previous->second.fence);
-    swallow(previous, span);
-    span = previous;
-  }
-  span->second.fence = std::move(fence);
-  free_.insert({stream, span->second.bytes, span->first});
-}
-
-void Heap::unlist(Spans::iterator span) {
-  free_.erase({span->second.stream, span->second.bytes, span->first});
-}
-
-template <class Visit>
-void Heap::for_each_idle_extent(Visit visit) {
-  for (auto& [offset, span] : spans_) {
-    if (span.state != State::kFree) continue;
-    const size_t end = offset + span.bytes;
-    for (auto it = extents_.lower_bound(offset); it != extents_.end() && it->first + it->second <= end;
-         ++it) {
-      visit(Piece{it->first, it->second}, span);
+Heap::Spot Heap::live_at(const void* pointer, const char* what) {
+  if (contains(pointer)) {
+    const size_t offset = offset_of(pointer);
+    if (Span* span = spans_.at(offset)) {
+      if (span->state == SpanState::kUsed) return {span, Slab::kNone};
+      if (span->state == SpanState::kSlab) {
+        const uint32_t block = span->slab->at(offset - span->offset);
+        if (block != Slab::kNone && span->slab->live(block)) return {span, block};
+      }
     }
   }
+  throw Error(Kind::kInvalid, name_ + ": " + what + " of " + text_of(pointer) +
+                                  ", which is no live block of this heap (freed twice, or never allocated "
+                                  "here)");
 }
 
-Idle Heap::idle() {
-  const Guard guard(mutex_);
-  unpark();
-  Idle idle;
-  for_each_idle_extent(
-      [&](Piece extent, Span& span) { (span.fence.passed() ? idle.ready : idle.pending) += extent.bytes; });
-  if (keep_) {
-    idle.kept = idle.ready + idle.pending;
-  } else {
-    // Nothing lives in a retired heap, but streams may still use what is parked.
-    idle.pending = mapped_ - idle.ready;
-  }
-  return idle;
+Address Heap::address_of(Spot spot) const {
+  const size_t inside = spot.in_slab() ? spot.block * spot.span->slab->block_bytes() : 0;
+  return address(spot.span->offset + inside);
 }
 
-bool Heap::waiting() {
-  {
-    const Guard guard(mutex_);
-    if (keep_) return false;
-  }
-  return idle().pending != 0;
+size_t Heap::requested_of(Spot spot) const {
+  return spot.in_slab() ? spot.span->slab->requested(spot.block) : spot.span->requested;
 }
 
-void Heap::trim(size_t bytes, size_t most, bool kept, std::vector<Leaving>& out) {
-  const Guard guard(mutex_);
-  if (keep_ && !kept) return;
-  unpark();
-  std::vector<Piece> going;
-  for_each_idle_extent([&](Piece extent, Span& span) {
-    if (span.fence.passed()) going.push_back(extent);
-  });
-  size_t freed = 0;
-  // From the top down: allocation fills from the bottom up.
-  for (auto extent = going.rbegin(); extent != going.rend() && freed < bytes; ++extent) {
-    if (extent->bytes > most - freed) continue;
-    freed += extent->bytes;
-    auto span = std::prev(spans_.upper_bound(extent->offset));
-    unlist(span);
-    if (span->first != extent->offset) {
-      const Span head = span->second;
-      split(span, extent->offset - span->first);
-      free_.insert({head.stream, span->second.bytes, span->first});
-      span = std::next(span);
-      unlist(span);
-    }
-    split(span, extent->bytes);
-    extents_.erase(extent->offset);
-    mapped_ -= extent->bytes;
-    out.push_back({{{range_.get(), *extent}}});
-    join_absent(span);
-  }
+void Heap::count_taken(const Lane& lane, size_t requested) {
+  const auto rounded = static_cast<int64_t>(rounded_of(requested));
+  stats_.allocation.add(lane.small, 1);
+  stats_.active.add(lane.small, 1);
+  stats_.allocated_bytes.add(lane.small, rounded);
+  stats_.active_bytes.add(lane.small, rounded);
+  stats_.requested_bytes.add(lane.small, static_cast<int64_t>(requested));
 }
 
-void Heap::join_absent(Spans::iterator span) {
-  span->second.state = State::kAbsent;
-  span->second.stream = 0;
-  span->second.fence = Fence();
-  if (const auto next = std::next(span); next != spans_.end() && next->second.state == State::kAbsent) {
-    span->second.bytes += next->second.bytes;
-    spans_.erase(next);
-  }
-  if (span != spans_.begin() && std::prev(span)->second.state == State::kAbsent) {
-    std::prev(span)->second.bytes += span->second.bytes;
-    spans_.erase(span);
-  }
-}
-
-void Heap::stay(const Leaving& leaving) {
-  const Guard guard(mutex_);
-  const Piece piece = leaving.places.front().piece;
-  auto span = std::prev(spans_.upper_bound(piece.offset));
-  if (span->first != piece.offset) {
-    split(span, piece.offset - span->first);
-    span = std::next(span);
-  }
-  split(span, piece.bytes);
-  extents_[piece.offset] = piece.bytes;
-  mapped_ += piece.bytes;
-  set_free(span, 0, Fence());
+void Heap::tell(MallocEvent::Action action, Address at, size_t bytes, const Lane& lane) {
+  if (observer_ != nullptr) observer_->on({action, at, bytes, lane.stream, lane.pool.id});
 }
 
 std::shared_ptr<Arena> Heap::arena() {
   const Guard guard(mutex_);
   if (!arena_) throw Error(Kind::kClosed, name_ + " has been closed");
   return arena_;
-}
-
-size_t Heap::live_bytes() {
-  const Guard guard(mutex_);
-  return live_bytes_;
-}
-
-size_t Heap::live_blocks() {
-  const Guard guard(mutex_);
-  return live_blocks_;
-}
-
-void Heap::retire() {
-  if (!born_.here()) return;
-  std::shared_ptr<Arena> arena;
-  {
-    const Guard guard(mutex_);
-    if (!arena_) return;
-    if (live_blocks_ != 0) {
-      throw Error(Kind::kInUse, name_ + " still has " + std::to_string(live_blocks_) + " live blocks of " +
-                                    format_bytes(live_bytes_) + "; delete their tensors first");
-    }
-    keep_ = false;
-    arena = std::move(arena_);
-  }
-  arena->retire(*this);
 }
 
 }  // namespace tem

@@ -1,47 +1,72 @@
-// Malloc over elastic memory: blocks of any size, best fit by size, then lowest address, in one reservation.
-// Spans tile the reservation: used, free (mapped, cached) or absent (nothing mapped). Any extent that lies
-// within a free span can be given back while its neighbours live; the hole stays an address and is mapped
-// again when the space is wanted.
+// An account's malloc: a stream-ordered caching allocator over elastic memory, in one reservation.
 //
-// Stream order: a freed block may be used again at once by later work on the stream it was allocated for, so
-// free spans are kept by stream and join only within one. A block that other streams were recorded on is
-// parked until they have passed. The fence of a free extent is recorded when the free that completes it
-// happens.
+// Small blocks are cut from slabs, larger ones are spans: the smallest free span that fits, the lowest of
+// those. Spans split and join; any extent that lies within a free span can be given back while its neighbours
+// live, and the hole is mapped again when the space is wanted. Growth maps the fewest bytes: it extends a free
+// span at the edge of what is mapped before it starts a new one.
 //
-// Thread-safe. Lock order: arena, then this. A growth never calls reclaimers: malloc runs no Python.
+// A freed block may be used again at once by later work on its stream (see Lane). One that other streams were
+// recorded on is parked until they have passed. The fence of an idle extent is the free that left it idle.
+//
+// The fast path takes one lock for some tens of nanoseconds and looks nothing up but arrays and one small
+// ordered set. Thread-safe. Lock order: arena, then this. A growth never calls reclaimers: malloc runs no
+// Python.
 #pragma once
 
+#include <deque>
 #include <map>
 #include <memory>
+#include <memory_resource>
 #include <mutex>
-#include <set>
 #include <string>
-#include <tuple>
 #include <vector>
 
+#include "alloc/extent_map.hpp"
+#include "alloc/lane.hpp"
+#include "alloc/malloc.hpp"
 #include "arena/arena.hpp"
+#include "core/short_lock.hpp"
 
 namespace tem {
 
-class Heap final : public Tenant, public std::enable_shared_from_this<Heap> {
+class Heap final : public Malloc, public Tenant, public std::enable_shared_from_this<Heap> {
  public:
-  /// `bytes` of addresses are reserved.
-  static std::shared_ptr<Heap> make(std::shared_ptr<Arena> arena, AccountId account, std::string name,
-                                    size_t bytes);
+  /// Reserves several times the device's memory: addresses cost nothing, and holes may stay where they are.
+  static std::shared_ptr<Heap> make(std::shared_ptr<Arena> arena, AccountId account, std::string name);
 
-  /// Bytes of every size are rounded up to this; blocks are aligned to it.
-  static constexpr size_t kAlignment = 512;
-
-  /// Error{kOutOfMemory} if the account cannot get the memory before the deadline.
-  void* allocate(size_t bytes, Stream stream, Deadline deadline);
-  /// Error{kInvalid} for a pointer that is no live block of this heap.
-  void free(void* pointer);
-  /// The block is also used on `stream`, up to the moment it is freed.
-  void record_stream(void* pointer, Stream stream);
+  void* allocate(size_t bytes, Stream stream) override;
+  void free(void* block) override;
+  void record_stream(void* block, Stream stream) override;
+  BlockView block_at(const void* address) override;
   bool contains(const void* pointer) const { return range_->contains(reinterpret_cast<Address>(pointer)); }
+
+  MallocStats stats() override;
+  void reset_peak() override;
+  void reset_accumulated() override;
+  std::vector<SegmentView> segments(PoolId pool) override;
+  void observe(MallocObserver* observer) override;
+  size_t largest_free(Stream stream) override;
+
+  void empty_cache() override;
+  bool wait_for_streams() override;
+  void set_limit(size_t bytes) override;
+  size_t limit() override;
+
+  void create_pool(PoolId pool) override;
+  void release_pool(PoolId pool) override;
+  int pool_uses(PoolId pool) override;
+  void begin_pool(PoolId pool, std::function<bool(Stream)> filter) override;
+  void end_pool(PoolId pool) override;
+  void set_use_on_oom(PoolId pool, bool use) override;
+  void set_no_split(PoolId pool) override;
+  std::vector<PlacedBlock> live_in(PoolId pool) override;
+  std::vector<Address> restore(PoolId pool, const std::vector<PlacedBlock>& checkpoint) override;
 
   size_t live_bytes();
   size_t live_blocks();
+  /// A child of fork() is served by nobody: its allocations go where they went without this package.
+  bool serves_host() const { return host_ && born_.here(); }
+  bool serves_cuda(int device) const { return !host_ && device_ordinal_ == device && born_.here(); }
   /// Error{kInUse} while blocks live; else the arena takes the rest behind its fences.
   void retire();
 
@@ -52,56 +77,117 @@ class Heap final : public Tenant, public std::enable_shared_from_this<Heap> {
   void stay(const Leaving& leaving) override;
 
  private:
-  using Guard = std::lock_guard<std::mutex>;
-  enum class State { kUsed, kFree, kParked, kAbsent };
+  using Guard = std::lock_guard<ShortLock>;
 
-  struct Span {
-    size_t bytes = 0;
-    State state = State::kAbsent;
-    Stream stream = 0;
-    std::vector<Stream> others;  // streams recorded on a used block
-    Fence fence;                 // of a free span; of a parked one, what the other streams still do
-    Fence own;                   // of a parked span: its fence once it is free
+  /// A block: a whole span, or one of a slab's.
+  struct Spot {
+    Span* span = nullptr;
+    uint32_t block = Slab::kNone;
+    bool in_slab() const { return block != Slab::kNone; }
   };
-  using Spans = std::map<size_t, Span>;  // by offset; they tile the range
+  struct Parked {
+    Spot spot;
+    size_t waits = 0;               // marks that have not passed
+    std::vector<Stream> unmarked;   // streams that could not be marked: one of them is being captured
+  };
+  struct Queue {
+    Stream stream;
+    std::deque<std::pair<std::unique_ptr<Mark>, Parked*>> marks;
+  };
+  struct Capture {
+    PoolId pool;
+    std::function<bool(Stream)> filter;
+  };
 
-  Heap(std::shared_ptr<Arena> arena, AccountId account, std::string name, size_t bytes);
+  Heap(std::shared_ptr<Arena> arena, AccountId account, std::string name);
 
   std::shared_ptr<Arena> arena();
   Address address(size_t offset) const { return range_->base() + offset; }
-  Spans::iterator used_at(void* pointer, const char* what);
-  void* take(size_t bytes, Stream stream);
-  void* grow(size_t bytes, Stream stream, Deadline deadline);
-  Piece find_absent(size_t bytes, size_t granularity);
-  void split(Spans::iterator span, size_t bytes);
-  std::shared_ptr<Mark> mark(Stream stream) const { return std::make_shared<Mark>(*device_, stream); }
-  bool joins(Spans::const_iterator span, Stream stream) const {
-    return span != spans_.end() && span->second.state == State::kFree && span->second.stream == stream;
-  }
-  Fence fence_of_free(Spans::const_iterator span) const;
-  void set_free(Spans::iterator span, Stream stream, Fence fence);
-  void unlist(Spans::iterator span);
-  void join_absent(Spans::iterator span);
+  size_t offset_of(const void* pointer) const { return reinterpret_cast<Address>(pointer) - range_->base(); }
+  Address address_of(Spot spot) const;
+  size_t requested_of(Spot spot) const;
+
+  // Blocks, in heap.cpp.
+  Spot live_at(const void* pointer, const char* what);
+  void* take(Lane& lane, size_t rounded, size_t requested);
+  Span* take_span(Lane& lane, size_t bytes);
+  void make_slab(Lane& lane, Span* span, size_t number);
+  void release(Spot spot);
+  void put(Spot spot);
+  void put_in_slab(Spot spot);
+  void drop_slab(Slab* slab);
+  void set_free(Span* span);
+  Span* list_free(Span* span);
+  void stamp(const Span* span);
+  bool leaves_extent_idle(const Span* span, size_t begin, size_t end);
+  void mark(Lane& lane);
+  void count_taken(const Lane& lane, size_t requested);
+  void tell(MallocEvent::Action action, Address at, size_t bytes, const Lane& lane);
+
+  // Growth, in heap_growth.cpp.
+  void* grow(size_t rounded, size_t requested, Stream stream, Deadline deadline);
+  Piece plan(Lane& lane, size_t bytes, size_t unit);
+  void add_extents(Lane& lane, Piece piece, const std::vector<Piece>& extents);
+  Span* cut_absent(Piece piece);
+  void check_limit(Arena& arena, size_t bytes);
+
+  // Other streams, in heap_streams.cpp.
+  void park(Spot spot, std::vector<Stream> streams);
   void unpark();
+  void mark_streams(Parked& parked);
+  void finish(Parked* parked);
+
+  // Giving back, in heap_trim.cpp.
+  void settle();
+  bool comes_free();
+  bool can_go(const Pool& pool);
   template <class Visit>
   void for_each_idle_extent(Visit visit);
+  void drop_extent(Span* span, Piece piece);
+  void set_absent(Span* span);
+
+  // Pools, in heap_pools.cpp.
+  Lane& lane_for(Stream stream, bool small);
+  Lane& lane_of(Pool& pool, Stream stream, bool small);
+  Pool& pool_for(Stream stream);
+  Pool& at(PoolId pool);
+  bool is_private(const Pool& pool) const { return &pool != &shared_ && !pool.released; }
+  void drop_pools();
+  std::vector<PlacedBlock> live_blocks_of(const Pool& pool);
+  void check_restorable(const Pool& pool, const std::vector<PlacedBlock>& checkpoint);
+  void claim(Pool& pool, const PlacedBlock& block);
+  Span* carve(Lane& lane, size_t offset, size_t bytes);
+  template <class Visit>
+  void for_each_lane(Visit visit);
+  template <class Visit>
+  void for_each_span(Visit visit);
 
   const AccountId account_;
   const std::string name_;
   const BornHere born_;
-  const std::shared_ptr<Device> device_;  // records fences also after retire()
+  const std::shared_ptr<Device> device_;  // records marks also after retire()
+  const size_t granularity_;
+  const bool host_;
+  const int device_ordinal_;
   WriterId writer_ = kNobody;
   std::unique_ptr<Range> range_;
 
-  std::mutex mutex_;              // guards all below
+  ShortLock mutex_;               // guards all below
   std::shared_ptr<Arena> arena_;  // dropped by retire(): a retired heap lives in the arena
-  Spans spans_;
-  std::set<std::tuple<Stream, size_t, size_t>> free_;  // (stream, bytes, offset)
-  std::set<size_t> parked_;                            // offsets
-  std::map<size_t, size_t> extents_;                   // offset -> bytes
-  size_t mapped_ = 0;
-  size_t live_bytes_ = 0;
-  size_t live_blocks_ = 0;
+  SpanMap spans_;
+  ExtentMap extents_;
+  std::pmr::unsynchronized_pool_resource nodes_;
+  Pool shared_;
+  std::map<PoolId, std::unique_ptr<Pool>> pools_;
+  std::vector<std::unique_ptr<Pool>> released_;
+  std::vector<Capture> captures_;
+  std::map<size_t, Span*> absent_;  // by offset
+  std::map<const Parked*, std::unique_ptr<Parked>> parked_;
+  std::deque<Queue> queues_;  // marks of parked blocks, by stream
+  size_t unmarked_ = 0;        // parked blocks with streams that could not be marked
+  MallocStats stats_;
+  MallocObserver* observer_ = nullptr;
+  size_t limit_ = SIZE_MAX;
   bool keep_ = true;  // free spans stay mapped until somebody needs them
 };
 

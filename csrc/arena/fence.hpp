@@ -15,12 +15,15 @@ namespace tem {
 /// An event recorded on a stream; owns it. Thread-safe.
 class Mark {
  public:
-  Mark(Device& device, Stream stream)
-      : device_(device.shared_from_this()),
-        stream_(stream),
-        began_(++device.marks),
-        event_(device.backend->record(stream)),
-        ended_(++device.marks) {}
+  Mark(Device& device, Stream stream) : Mark(device, stream, false) {}
+  /// What all streams have reached. Null if the driver refuses, as while one is captured.
+  static std::shared_ptr<Mark> everything(Device& device) noexcept {
+    try {
+      return std::shared_ptr<Mark>(new Mark(device, 0, true));
+    } catch (const std::exception&) {
+      return nullptr;
+    }
+  }
   Mark(const Mark&) = delete;
   Mark& operator=(const Mark&) = delete;
   ~Mark() {
@@ -43,6 +46,13 @@ class Mark {
   }
 
  private:
+  Mark(Device& device, Stream stream, bool all)
+      : device_(device.shared_from_this()),
+        stream_(stream),
+        began_(++device.marks),
+        event_(all ? device.backend->record_all() : device.backend->record(stream)),
+        ended_(++device.marks) {}
+
   std::shared_ptr<Device> device_;
   Stream stream_;
   uint64_t began_;  // the recording's place among all: before it,

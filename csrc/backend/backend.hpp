@@ -63,6 +63,8 @@ class Backend {
 
   /// Marks the point `stream` has reached in its order of submission.
   virtual EventId record(Stream stream) = 0;
+  /// Marks the point that all streams of this process have reached.
+  virtual EventId record_all() = 0;
   /// True once everything submitted before the mark has run.
   virtual bool passed(EventId event) = 0;
   /// Gives an event back. Legal before it has passed.

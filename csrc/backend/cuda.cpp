@@ -137,11 +137,19 @@ class CudaBackend final : public Backend {
           cuda::kCaptureUnsupported);
     }
     const cuda::Event event = take_event();
-    const Result code = driver_.cuEventRecord(event, queue);
-    const std::lock_guard<std::mutex> lock(events_mutex_);
-    if (code == cuda::kSuccess) return events_.add(event);
-    spare_events_.push_back(event);
-    fail(code, "cuEventRecord" + named(stream));
+    return recorded(event, driver_.cuEventRecord(event, queue), [&] { return "cuEventRecord" + named(stream); });
+  }
+
+  EventId record_all() override {
+    const InContext current(*this);
+    const cuda::Event event = take_event();
+    int mode = cuda::kCaptureModeRelaxed;
+    driver_.cuThreadExchangeStreamCaptureMode(&mode);
+    // Before CUDA 12.5 no event spans streams. Then it takes a wait, and the event passes at once.
+    const Result code = driver_.cuCtxRecordEvent != nullptr ? driver_.cuCtxRecordEvent(context_, event)
+                                                            : driver_.cuCtxSynchronize();
+    driver_.cuThreadExchangeStreamCaptureMode(&mode);
+    return recorded(event, code, [] { return std::string("cuCtxRecordEvent()"); });
   }
 
   bool passed(EventId id) override {
@@ -254,6 +262,14 @@ class CudaBackend final : public Backend {
     } catch (const Error&) {
       return asked;  // the want of memory is the news, not that its size is unknown
     }
+  }
+
+  template <class Call>
+  EventId recorded(cuda::Event event, Result code, const Call& call) {
+    const std::lock_guard<std::mutex> lock(events_mutex_);
+    if (code == cuda::kSuccess) return events_.add(event);
+    spare_events_.push_back(event);
+    fail(code, call());
   }
 
   cuda::Event take_event() {

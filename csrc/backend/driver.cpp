@@ -54,10 +54,13 @@ Driver load_driver(const std::string& library) {
   const auto get_address =
       symbol<Result (*)(const char*, void**, int, uint64_t, int*)>(handle, library, "cuGetProcAddress_v2");
   Driver driver;
+  const auto look_up = [&](const char* name, int as_of, void** found) {
+    int status = 0;
+    return get_address(name, found, as_of, kProcAddressDefault, &status);
+  };
   const auto find = [&](const char* name) {
     void* found = nullptr;
-    int status = 0;
-    const Result code = get_address(name, &found, kOldest, kProcAddressDefault, &status);
+    const Result code = look_up(name, kOldest, &found);
     if (code != kSuccess || found == nullptr) {
       missing("the CUDA driver " + version_text(version) + " has no " + name, code);
     }
@@ -66,6 +69,14 @@ Driver load_driver(const std::string& library) {
 #define TEM_RESOLVE(name, ...) driver.name = reinterpret_cast<Result (*)(__VA_ARGS__)>(find(#name));
   TEM_CUDA_ENTRY_POINTS(TEM_RESOLVE)
 #undef TEM_RESOLVE
+  const auto find_later = [&](const char* name, int since) {
+    void* found = nullptr;
+    return version >= since && look_up(name, since, &found) == kSuccess ? found : nullptr;
+  };
+#define TEM_RESOLVE_LATER(name, since, ...) \
+  driver.name = reinterpret_cast<Result (*)(__VA_ARGS__)>(find_later(#name, since));
+  TEM_CUDA_LATER_ENTRY_POINTS(TEM_RESOLVE_LATER)
+#undef TEM_RESOLVE_LATER
   if (const Result code = driver.cuInit(0); code != kSuccess) {
     missing("the CUDA driver does not start: cuInit: " + driver.describe(code), code);
   }

@@ -42,7 +42,11 @@
   X(cuEventCreate, Event*, unsigned)                                                   \
   X(cuEventRecord, Event, StreamPtr)                                                   \
   X(cuEventQuery, Event)                                                               \
-  X(cuEventDestroy, Event)
+  X(cuEventDestroy, Event)                                                             \
+  X(cuCtxSynchronize, )
+
+// The same, of functions that came later, with the version that has them.
+#define TEM_CUDA_LATER_ENTRY_POINTS(X) X(cuCtxRecordEvent, 12050, Context, Event)
 
 namespace tem::cuda {
 
@@ -50,6 +54,10 @@ struct Driver {
 #define TEM_DECLARE(name, ...) Result (*name)(__VA_ARGS__) = nullptr;
   TEM_CUDA_ENTRY_POINTS(TEM_DECLARE)
 #undef TEM_DECLARE
+#define TEM_DECLARE_LATER(name, version, ...) \
+  Result (*name)(__VA_ARGS__) = nullptr; /* null in an older driver */
+  TEM_CUDA_LATER_ENTRY_POINTS(TEM_DECLARE_LATER)
+#undef TEM_DECLARE_LATER
 
   /// "CUDA_ERROR_INVALID_VALUE (1): invalid argument".
   std::string describe(Result code) const;

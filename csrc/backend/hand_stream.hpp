@@ -1,9 +1,12 @@
 // A stream without a device: work on it is a count that whoever drives the stream moves by hand.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <utility>
+#include <vector>
 
 namespace tem {
 
@@ -23,12 +26,19 @@ struct HandStream {
   }
 };
 
-/// A point in a stream's order, which outlives the stream. Without one, the default stream, it has passed.
+/// A point in the order of streams, which outlives them. Without any, as for the default stream, it has passed.
 struct HandMark {
-  std::shared_ptr<HandStream> stream;
-  uint64_t position = 0;
+  std::vector<std::pair<std::shared_ptr<HandStream>, uint64_t>> positions;
 
-  bool passed() const { return stream == nullptr || stream->completed.load() >= position; }
+  void add(std::shared_ptr<HandStream> stream) {
+    const uint64_t submitted = stream->submitted.load();
+    positions.emplace_back(std::move(stream), submitted);
+  }
+  bool passed() const {
+    return std::all_of(positions.begin(), positions.end(), [](const auto& position) {
+      return position.first->completed.load() >= position.second;
+    });
+  }
 };
 
 }  // namespace tem

@@ -42,6 +42,13 @@ class HandStreams {
                 cuda::kInvalidHandle);
   }
 
+  HandMark mark_all() {
+    HandMark mark;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& entry : streams_) mark.add(entry.second);
+    return mark;
+  }
+
   void destroy(Stream stream) {
     // What was submitted to a stream still runs after the stream is gone.
     get("host_stream_destroy", stream)->complete();
@@ -144,10 +151,13 @@ class HostBackend final : public Backend {
 
   EventId record(Stream stream) override {
     HandMark mark;
-    if (stream != 0) {
-      mark.stream = hand_streams().get("record", stream);
-      mark.position = mark.stream->submitted.load();
-    }
+    if (stream != 0) mark.add(hand_streams().get("record", stream));
+    const std::lock_guard<std::mutex> lock(events_mutex_);
+    return events_.add(std::move(mark));
+  }
+
+  EventId record_all() override {
+    HandMark mark = hand_streams().mark_all();
     const std::lock_guard<std::mutex> lock(events_mutex_);
     return events_.add(std::move(mark));
   }

@@ -1,22 +1,30 @@
+#include <array>
+#include <atomic>
 #include <cstdio>
 #include <exception>
-#include <map>
 #include <mutex>
 #include <new>
 #include <string>
 #include <utility>
+#include <vector>
 
+#include "alloc/directory.hpp"
 #include "capi/scope.hpp"
 #include "core/error.hpp"
 
 namespace tem {
 namespace {
 
-thread_local std::shared_ptr<Allocator> current;
+thread_local std::shared_ptr<Heap> current;
+
+/// More than any machine has.
+constexpr int kDevices = 64;
 
 struct Defaults {
-  std::mutex mutex;
-  std::map<int, std::shared_ptr<Allocator>> by_device;
+  std::mutex mutex;  // of writers
+  std::array<std::atomic<Heap*>, kDevices> by_device{};
+  // A reader may hold any of them: all stay.
+  std::vector<std::shared_ptr<Heap>> kept;
 };
 
 /// Leaked: torch frees blocks while static destructors run.
@@ -25,13 +33,18 @@ Defaults& defaults() {
   return *made;
 }
 
-std::shared_ptr<Allocator> allocator_for(int device) {
-  if (current && current->serves_cuda(device)) return current;
-  Defaults& all = defaults();
-  const std::lock_guard<std::mutex> guard(all.mutex);
-  const auto found = all.by_device.find(device);
-  return found == all.by_device.end() ? nullptr : found->second;
+Heap* serving(int device) noexcept {
+  if (current && current->serves_cuda(device)) return current.get();
+  if (device < 0 || device >= kDevices) return nullptr;
+  Heap* heap = defaults().by_device[static_cast<size_t>(device)].load(std::memory_order_acquire);
+  return heap != nullptr && heap->serves_cuda(device) ? heap : nullptr;
 }
+
+class CudaDirectory final : public MallocDirectory {
+ public:
+  Malloc* owner(const void* block) noexcept override { return directory().owner(block); }
+  Malloc* serving(int device) noexcept override { return tem::serving(device); }
+};
 
 class OutOfMemory final : public std::bad_alloc {
  public:
@@ -62,8 +75,8 @@ tem_result host_allocate(size_t bytes, void** block, char* message, size_t messa
 
 int host_release(void* block) {
   try {
-    const auto owner = allocator_of(block);
-    if (!owner) return 0;
+    Heap* owner = directory().owner(block);
+    if (owner == nullptr) return 0;
     owner->free(block);
   } catch (const std::exception& error) {
     complain("free", error);
@@ -73,18 +86,22 @@ int host_release(void* block) {
 
 }  // namespace
 
-std::shared_ptr<Allocator> exchange_scope(std::shared_ptr<Allocator> allocator) {
-  return std::exchange(current, std::move(allocator));
+std::shared_ptr<Heap> exchange_scope(std::shared_ptr<Heap> heap) {
+  return std::exchange(current, std::move(heap));
 }
 
-void set_device_default(int device, std::shared_ptr<Allocator> allocator) {
+void set_device_default(int device, std::shared_ptr<Heap> heap) {
+  if (device < 0 || device >= kDevices)
+    throw Error(Kind::kInvalid, "device " + std::to_string(device) + " is none that a process can have");
   Defaults& all = defaults();
   const std::lock_guard<std::mutex> guard(all.mutex);
-  if (allocator) {
-    all.by_device[device] = std::move(allocator);
-  } else {
-    all.by_device.erase(device);
-  }
+  all.by_device[static_cast<size_t>(device)].store(heap.get(), std::memory_order_release);
+  if (heap) all.kept.push_back(std::move(heap));
+}
+
+MallocDirectory& malloc_directory() {
+  static CudaDirectory made;
+  return made;
 }
 
 const tem_host_api& host_api() {
@@ -98,13 +115,13 @@ extern "C" {
 
 __attribute__((visibility("default"))) void* tem_cuda_alloc(size_t bytes, int device, void* stream) {
   if (bytes == 0) return nullptr;
-  const auto allocator = tem::allocator_for(device);
-  if (!allocator) {
+  tem::Heap* heap = tem::serving(device);
+  if (heap == nullptr) {
     throw tem::OutOfMemory("no account serves device " + std::to_string(device) +
                            "; pass it to torch_allocator() or enter account.allocations() first");
   }
   try {
-    return allocator->allocate(bytes, reinterpret_cast<tem::Stream>(stream));
+    return heap->allocate(bytes, reinterpret_cast<tem::Stream>(stream));
   } catch (const tem::Error& error) {
     // These words are how Python knows it from other failures: torch passes on nothing but the text.
     const bool full = error.kind() == tem::Kind::kOutOfMemory;
@@ -115,8 +132,8 @@ __attribute__((visibility("default"))) void* tem_cuda_alloc(size_t bytes, int de
 __attribute__((visibility("default"))) void tem_cuda_free(void* block, size_t, int, void*) {
   if (block == nullptr) return;
   try {
-    const auto owner = tem::allocator_of(block);
-    if (!owner) {
+    tem::Heap* owner = tem::directory().owner(block);
+    if (owner == nullptr) {
       char text[64];
       std::snprintf(text, sizeof text, "%p is not from any account of this process", block);
       throw tem::Error(tem::Kind::kInvalid, text);
@@ -129,7 +146,7 @@ __attribute__((visibility("default"))) void tem_cuda_free(void* block, size_t, i
 
 __attribute__((visibility("default"))) void tem_cuda_record_stream(void* block, void* stream) {
   try {
-    if (const auto owner = tem::allocator_of(block)) {
+    if (tem::Heap* owner = tem::directory().owner(block)) {
       owner->record_stream(block, reinterpret_cast<tem::Stream>(stream));
     }
   } catch (const std::exception& error) {

@@ -13,6 +13,8 @@ extern "C" {
 
 #define TEM_HOST_API_VERSION 1
 #define TEM_HOST_API_NAME "torch_elastic_mem.host_api.v1"
+/* A capsule with a tem::MallocDirectory*, of alloc/malloc.hpp. */
+#define TEM_MALLOC_DIRECTORY_NAME "torch_elastic_mem.malloc_directory.v1"
 
 enum tem_result {
   TEM_OK = 0,

@@ -95,7 +95,7 @@ def test_a_pointer_of_nobody_is_told_and_harms_nothing(
     hooks.tem_cuda_free(0x1234, MiB, 0, None)
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 2
-    assert f"torch_elastic_mem: free: the small blocks of training: free of {block:#x}" in said[0]
+    assert f"torch_elastic_mem: free: the blocks of training: free of {block:#x}" in said[0]
     assert "torch_elastic_mem: free: 0x1234 is not from any account" in said[1]
     hooks.tem_cuda_record_stream(0x1234, None)
     assert live(account) == 0

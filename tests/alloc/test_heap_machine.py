@@ -18,6 +18,7 @@ KiB, MiB = 1 << 10, 1 << 20
 G = 2 * MiB
 CAPACITY = 32 * G
 ALIGNMENT = 512
+LARGEST_EXTENT = 8 * MiB  # the largest power of two in the largest size below
 SIZES = st.one_of(
     st.integers(0, 4 * KiB),
     st.integers(4 * KiB, MiB),
@@ -126,10 +127,9 @@ class Heap(RuleBasedStateMachine):
         if not self.settled():
             return
         pieces = [(a, a + rounded(size)) for a, (size, _) in self.live.items()]
-        # An extent has a live block on it, and none is larger than 64 MiB or than twice what made it.
+        # An extent has a live block on it, and none is larger than the largest block that may have made it.
         assert bool(self.account.held) == bool(pieces)
-        if pieces:
-            assert self.account.held <= sum(2 * (end - begin) + 2 * G for begin, end in pieces)
+        assert self.account.held <= sum(end - begin + 2 * LARGEST_EXTENT for begin, end in pieces)
 
     @rule(count=st.integers(1, CAPACITY // G))
     def a_higher_class_takes_what_is_free(self, count: int) -> None:

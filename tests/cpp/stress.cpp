@@ -13,7 +13,7 @@
 #include <thread>
 #include <vector>
 
-#include "alloc/allocator.hpp"
+#include "alloc/directory.hpp"
 #include "arena/arena.hpp"
 #include "check.hpp"
 #include "core/sizes.hpp"
@@ -152,7 +152,7 @@ void use_pool(Cache& cache, Streams& streams, unsigned seed, bool compacts) {
   cache.pool.free(mine, 0);
 }
 
-void use_malloc(Allocator& allocator, Streams& streams, unsigned seed) {
+void use_malloc(Heap& allocator, Streams& streams, unsigned seed) {
   Random random(seed);
   std::vector<std::pair<void*, size_t>> mine;
   const auto drop = [&](size_t i) {
@@ -173,7 +173,7 @@ void use_malloc(Allocator& allocator, Streams& streams, unsigned seed) {
       if (round % 7 == 0) allocator.record_stream(block, streams.at(2));
     });
     while (mine.size() > 6) drop(below(random, mine.size()));
-    if (round % 16 == 0) CHECK(allocator_of(&random) == nullptr);
+    if (round % 16 == 0) CHECK(directory().owner(&random) == nullptr);
   }
   while (!mine.empty()) drop(mine.size() - 1);
 }
@@ -217,7 +217,7 @@ void run(const std::shared_ptr<Backend>& backend, const std::string& library) {
       Cache kept(arena, idle, {16, kMiB, 1, 16 * kMiB, 0});
       Cache blocks(arena, training, {32, 3 * kMiB / 4, 2, 0, 0});
       Cache pooled(arena, serving, {64, 5 * kMiB / 8, 1, 8 * kMiB, 0});
-      const auto small = Allocator::make(arena, training, "training");
+      const auto small = Heap::make(arena, training, "training");
       arena->add_reclaimer(idle, Rung::kEvict, [&](size_t, Deadline) { arena->trim(idle); });
 
       std::atomic<bool> over{false};

@@ -24,7 +24,7 @@ Result memset_async(State& all, const Fill& what, StreamPtr stream) {
   if (what.at % what.width != 0 || __builtin_mul_overflow(what.count, what.width, &bytes))
     return kInvalidValue;
   if (const auto bad = all.space.check_access(what.at, bytes)) return bad.code;
-  if (queue == nullptr || tem::HandMark{queue->order, queue->order->submitted.load()}.passed()) {
+  if (queue == nullptr || queue->order->completed.load() >= queue->order->submitted.load()) {
     fill(what);
   } else {
     queue->order->submit();

@@ -144,8 +144,19 @@ FAKE_EXPORT Result cuEventRecord(Event event, StreamPtr stream) {
   }
   const StreamState* queue = find_stream(stream);
   if (queue == nullptr) return kInvalidHandle;
-  *found = EventState{{queue->order, queue->order->submitted.load()}, 0};
+  *found = EventState{};
+  found->mark.add(queue->order);
   if (queue->capture != kCaptureNone) found->captured_by = number_of(stream);
+  return kSuccess;
+}
+
+FAKE_EXPORT Result cuCtxRecordEvent(Context context, Event event) {
+  FAKE_ENTER(cuCtxRecordEvent, kYes);
+  EventState* found = call->events.find(number_of(event));
+  if (context == nullptr || found == nullptr) return kInvalidHandle;
+  if (!call->capturing.empty()) return kCaptureUnsupported;
+  *found = EventState{};
+  call->streams.for_each([&](uint64_t, StreamState& stream) { found->mark.add(stream.order); });
   return kSuccess;
 }
 
@@ -167,9 +178,10 @@ FAKE_EXPORT Result cuEventSynchronize(Event event) {
   const EventState* found = call->events.find(number_of(event));
   if (found == nullptr) return kInvalidHandle;
   if (const Result bad = forbid_in_capture(*call); bad != kSuccess) return bad;
-  const auto awaited = found->mark.stream;
-  call->streams.for_each([&](uint64_t, StreamState& stream) {
-    if (stream.order == awaited) run_pending(*call, stream);
-  });
+  for (const auto& position : tem::HandMark(found->mark).positions) {
+    call->streams.for_each([&](uint64_t, StreamState& stream) {
+      if (stream.order == position.first) run_pending(*call, stream);
+    });
+  }
   return call->sticky;
 }

@@ -1,0 +1,168 @@
+// What a heap gives back: whole extents on which nothing lives, behind the frees that left them so.
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "alloc/directory.hpp"
+#include "alloc/heap.hpp"
+#include "alloc/heap_visits.hpp"
+#include "core/error.hpp"
+#include "core/sizes.hpp"
+
+namespace tem {
+
+/// Lists what was set aside for reuse, and marks what no mark covers yet.
+void Heap::settle() {
+  unpark();
+  for_each_lane([this](Lane& lane) {
+    while (Span* hot = lane.pop_hot()) set_free(hot);
+    for (size_t number = 0; lane.small && number < kSizeClasses; ++number) {
+      for (Slab *slab = lane.slabs(number), *next = nullptr; slab != nullptr; slab = next) {
+        next = slab->next;
+        if (slab->empty()) drop_slab(slab);
+      }
+    }
+    if (lane.unmarked) mark(lane);
+  });
+  for (const auto& pool : released_) {
+    if (!pool->all && captures_.empty()) pool->all = Mark::everything(*device_);
+  }
+}
+
+bool Heap::can_go(const Pool& pool) {
+  return !is_private(pool) && (!pool.released || (pool.all && pool.all->passed()));
+}
+
+/// Visits idle extents as (span, piece, lane, whether its fence has passed).
+template <class Visit>
+void Heap::for_each_idle_extent(Visit visit) {
+  for_each_lane([&](Lane& lane) {
+    if (is_private(lane.pool)) return;
+    const bool open = can_go(lane.pool);
+    lane.for_each_free([&](Span* span) {
+      extents_.within(span->offset, span->end(), [&](const MappedExtent& extent) {
+        visit(span, extent.piece, lane, open && lane.passed(extent.stamp));
+      });
+    });
+  });
+}
+
+Idle Heap::idle() {
+  const Guard guard(mutex_);
+  settle();
+  Idle idle;
+  for_each_idle_extent([&](Span*, Piece piece, const Lane& lane, bool ready) {
+    (ready ? idle.ready : idle.pending) += piece.bytes;
+    if (!lane.pool.released) idle.kept += piece.bytes;
+  });
+  if (!keep_) {
+    // Nothing lives in a retired heap, but streams may still use what is parked.
+    idle.pending = extents_.mapped() - idle.ready;
+    idle.kept = 0;
+  }
+  return idle;
+}
+
+bool Heap::waiting() {
+  const Guard guard(mutex_);
+  if (!keep_) return extents_.mapped() != 0;
+  return !released_.empty();
+}
+
+/// Whether free extents wait for marks that have been made.
+bool Heap::comes_free() {
+  const Guard guard(mutex_);
+  settle();
+  bool any = false;
+  for_each_idle_extent([&](Span*, Piece, const Lane& lane, bool ready) { any |= !ready && !lane.unmarked; });
+  return any;
+}
+
+void Heap::trim(size_t bytes, size_t most, bool kept, std::vector<Leaving>& out) {
+  struct Going {
+    Span* span;
+    Piece piece;
+    Lane* lane;
+  };
+  const Guard guard(mutex_);
+  if (keep_ && !kept && released_.empty()) return;
+  settle();
+  std::vector<Going> going;
+  for_each_idle_extent([&](Span* span, Piece piece, Lane& lane, bool ready) {
+    if (ready && (kept || !keep_ || lane.pool.released)) going.push_back({span, piece, &lane});
+  });
+  // From the top down: allocation fills from the bottom up. So cut, a span's lower part stays what it was.
+  std::sort(going.begin(), going.end(),
+            [](const Going& a, const Going& b) { return a.piece.offset > b.piece.offset; });
+  size_t freed = 0;
+  for (const Going& one : going) {
+    if (freed >= bytes) break;
+    if (one.piece.bytes > most - freed) continue;
+    freed += one.piece.bytes;
+    out.push_back({{{range_.get(), one.piece}}, reinterpret_cast<uint64_t>(one.lane)});
+    drop_extent(one.span, one.piece);
+  }
+  drop_pools();
+}
+
+void Heap::drop_extent(Span* span, Piece piece) {
+  Lane& lane = *span->lane;
+  lane.unlist(span);
+  if (span->end() != piece.end()) {
+    Span* rest = spans_.split(span, piece.end() - span->offset);
+    lane.list(rest);
+  }
+  if (span->offset != piece.offset) {
+    Span* gone = spans_.split(span, piece.offset - span->offset);
+    lane.list(span);
+    span = gone;
+  }
+  extents_.remove(piece.offset);
+  stats_.segment.sub(lane.small, 1);
+  stats_.reserved_bytes.sub(lane.small, static_cast<int64_t>(piece.bytes));
+  ++stats_.unmaps;
+  tell(MallocEvent::Action::kUnmap, address(piece.offset), piece.bytes, lane);
+  set_absent(span);
+}
+
+void Heap::set_absent(Span* span) {
+  span->state = SpanState::kAbsent;
+  span->lane = nullptr;
+  const auto absent = [](const Span* other) { return other != nullptr && other->state == SpanState::kAbsent; };
+  if (Span* next = spans_.after(span); absent(next)) {
+    absent_.erase(next->offset);
+    spans_.join(span, next);
+  }
+  if (Span* previous = spans_.before(span); absent(previous)) {
+    spans_.join(previous, span);
+    return;
+  }
+  absent_[span->offset] = span;
+}
+
+void Heap::stay(const Leaving& leaving) {
+  const Guard guard(mutex_);
+  const Piece piece = leaving.places.front().piece;
+  add_extents(*reinterpret_cast<Lane*>(leaving.token), piece, {piece});
+}
+
+void Heap::retire() {
+  if (!born_.here()) return;
+  std::shared_ptr<Arena> arena;
+  {
+    const Guard guard(mutex_);
+    if (!arena_) return;
+    if (const int64_t live = stats_.allocation.all.current; live != 0) {
+      throw Error(Kind::kInUse,
+                  name_ + " still has " + std::to_string(live) + " live blocks of " +
+                      format_bytes(static_cast<size_t>(stats_.allocated_bytes.all.current)) +
+                      "; delete their tensors first");
+    }
+    keep_ = false;
+    arena = std::move(arena_);
+  }
+  directory().remove(this);
+  arena->retire(*this);
+}
+
+}  // namespace tem
