@@ -22,9 +22,9 @@ void Directory::remove(const Heap* heap) {
   const std::lock_guard<std::mutex> guard(mutex_);
   const Entries* before = entries_.load(std::memory_order_relaxed);
   auto after = std::make_unique<Entries>(*before);
-  after->erase(std::remove_if(after->begin(), after->end(),
-                              [&](const Entry& entry) { return entry.heap == heap; }),
-               after->end());
+  after->erase(
+      std::remove_if(after->begin(), after->end(), [&](const Entry& entry) { return entry.heap == heap; }),
+      after->end());
   replaced_.emplace_back(before);
   entries_.store(after.release(), std::memory_order_release);
 }

@@ -33,13 +33,15 @@ class ExtentMap {
   void add(Piece piece, Lane* lane, uint64_t stamp) {
     MappedExtent& extent = extents_[piece.offset];
     extent = {piece, lane, stamp};
-    for (size_t at = piece.offset; at < piece.end(); at += granularity_) at_granule_[at / granularity_] = &extent;
+    for (size_t at = piece.offset; at < piece.end(); at += granularity_)
+      at_granule_[at / granularity_] = &extent;
     mapped_ += piece.bytes;
   }
   void remove(size_t offset) {
     const auto found = extents_.find(offset);
     const Piece piece = found->second.piece;
-    for (size_t at = piece.offset; at < piece.end(); at += granularity_) at_granule_[at / granularity_] = nullptr;
+    for (size_t at = piece.offset; at < piece.end(); at += granularity_)
+      at_granule_[at / granularity_] = nullptr;
     mapped_ -= piece.bytes;
     extents_.erase(found);
   }

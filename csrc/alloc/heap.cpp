@@ -227,8 +227,7 @@ Span* Heap::list_free(Span* span) {
 
 void Heap::stamp(const Span* span) {
   Lane& lane = *span->lane;
-  extents_.touching(span->offset, span->end(),
-                    [&](MappedExtent& extent) { extent.stamp = lane.stamp(); });
+  extents_.touching(span->offset, span->end(), [&](MappedExtent& extent) { extent.stamp = lane.stamp(); });
   lane.unmarked = true;
 }
 

@@ -2,8 +2,8 @@
 //
 // Small blocks are cut from slabs, larger ones are spans: the smallest free span that fits, the lowest of
 // those. Spans split and join; any extent that lies within a free span can be given back while its neighbours
-// live, and the hole is mapped again when the space is wanted. Growth maps the fewest bytes: it extends a free
-// span at the edge of what is mapped before it starts a new one.
+// live, and the hole is mapped again when the space is wanted. Growth maps the fewest bytes: it extends a
+// free span at the edge of what is mapped before it starts a new one.
 //
 // A freed block may be used again at once by later work on its stream (see Lane). One that other streams were
 // recorded on is parked until they have passed. The fence of an idle extent is the free that left it idle.
@@ -87,8 +87,8 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   };
   struct Parked {
     Spot spot;
-    size_t waits = 0;               // marks that have not passed
-    std::vector<Stream> unmarked;   // streams that could not be marked: one of them is being captured
+    size_t waits = 0;              // marks that have not passed
+    std::vector<Stream> unmarked;  // streams that could not be marked: one of them is being captured
   };
   struct Queue {
     Stream stream;
@@ -184,7 +184,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   std::map<size_t, Span*> absent_;  // by offset
   std::map<const Parked*, std::unique_ptr<Parked>> parked_;
   std::deque<Queue> queues_;  // marks of parked blocks, by stream
-  size_t unmarked_ = 0;        // parked blocks with streams that could not be marked
+  size_t unmarked_ = 0;       // parked blocks with streams that could not be marked
   MallocStats stats_;
   MallocObserver* observer_ = nullptr;
   size_t limit_ = SIZE_MAX;

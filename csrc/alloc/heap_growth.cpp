@@ -11,8 +11,8 @@ namespace tem {
 void* Heap::grow(size_t rounded, size_t requested, Stream stream, Deadline deadline) {
   const std::shared_ptr<Arena> arena = this->arena();
   const bool small = rounded <= kSmallBlock;
-  const size_t need = rounded <= kSlabBlock ? slab_bytes(size_class_of(rounded))
-                                            : round_up(rounded, SpanMap::unit(small));
+  const size_t need =
+      rounded <= kSlabBlock ? slab_bytes(size_class_of(rounded)) : round_up(rounded, SpanMap::unit(small));
   for (;;) {
     size_t exact = 0;
     size_t ahead = 0;

@@ -158,13 +158,15 @@ std::vector<Address> Heap::restore(PoolId id, const std::vector<PlacedBlock>& ch
 /// What a pool holds stays, so that a checkpoint of it fits unless another stream still uses a block.
 void Heap::check_restorable(const Pool& pool, const std::vector<PlacedBlock>& checkpoint) {
   const auto refuse = [&](const std::string& why) {
-    throw Error(Kind::kInvalid, name_ + ": the checkpoint of " + text_of(pool.id) + " cannot be restored: " + why);
+    throw Error(Kind::kInvalid,
+                name_ + ": the checkpoint of " + text_of(pool.id) + " cannot be restored: " + why);
   };
   const auto waits = [&](const auto& entry) {
     const Span* span = entry.second->spot.span;
     return &span->lane->pool == &pool;
   };
-  if (std::any_of(parked_.begin(), parked_.end(), waits)) refuse("other streams still use blocks that were freed");
+  if (std::any_of(parked_.begin(), parked_.end(), waits))
+    refuse("other streams still use blocks that were freed");
   for_each_span([&](const Span* span) {
     const bool shared = span->state == SpanState::kSlab ? span->slab->shared() : !span->others.empty();
     if (&span->lane->pool == &pool && shared) refuse("other streams still use live blocks");
@@ -209,7 +211,8 @@ Span* Heap::carve(Lane& lane, size_t offset, size_t bytes) {
     if (free->offset <= offset && offset + bytes <= free->end()) span = free;
   });
   if (span == nullptr)
-    throw Error(Kind::kInvalid, name_ + ": two blocks of a checkpoint of " + text_of(lane.pool.id) + " overlap");
+    throw Error(Kind::kInvalid,
+                name_ + ": two blocks of a checkpoint of " + text_of(lane.pool.id) + " overlap");
   lane.unlist(span);
   if (offset != span->offset) {
     Span* rest = spans_.split(span, offset - span->offset);

@@ -128,7 +128,9 @@ void Heap::drop_extent(Span* span, Piece piece) {
 void Heap::set_absent(Span* span) {
   span->state = SpanState::kAbsent;
   span->lane = nullptr;
-  const auto absent = [](const Span* other) { return other != nullptr && other->state == SpanState::kAbsent; };
+  const auto absent = [](const Span* other) {
+    return other != nullptr && other->state == SpanState::kAbsent;
+  };
   if (Span* next = spans_.after(span); absent(next)) {
     absent_.erase(next->offset);
     spans_.join(span, next);
@@ -153,10 +155,9 @@ void Heap::retire() {
     const Guard guard(mutex_);
     if (!arena_) return;
     if (const int64_t live = stats_.allocation.all.current; live != 0) {
-      throw Error(Kind::kInUse,
-                  name_ + " still has " + std::to_string(live) + " live blocks of " +
-                      format_bytes(static_cast<size_t>(stats_.allocated_bytes.all.current)) +
-                      "; delete their tensors first");
+      throw Error(Kind::kInUse, name_ + " still has " + std::to_string(live) + " live blocks of " +
+                                    format_bytes(static_cast<size_t>(stats_.allocated_bytes.all.current)) +
+                                    "; delete their tensors first");
     }
     keep_ = false;
     arena = std::move(arena_);

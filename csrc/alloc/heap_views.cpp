@@ -70,7 +70,7 @@ MallocStats Heap::stats() {
     counts[span->lane->small ? 1 : 0] += 1;
     bytes[span->lane->small ? 1 : 0] += static_cast<int64_t>(span->bytes - whole);
   });
-  const auto put = [](StatBySize& figure, const int64_t(&now)[2]) {
+  const auto put = [](StatBySize& figure, const int64_t (&now)[2]) {
     set(figure.large, now[0]);
     set(figure.small, now[1]);
     set(figure.all, now[0] + now[1]);

@@ -8,8 +8,8 @@
 // Hot blocks. A program that allocates and frees the same size in turn would record a mark each time, and cut
 // and join the same spans. After an allocation that found a hot block of exactly its size, the next free is
 // expected to be followed by such another: it is set aside, unlisted and unmarked. The first allocation that
-// finds none lists them all. Only as many are set aside as were found in a row, so that at rest what waits for
-// a later mark than its own is what was being used again just before.
+// finds none lists them all. Only as many are set aside as were found in a row, so that at rest what waits
+// for a later mark than its own is what was being used again just before.
 #pragma once
 
 #include <array>
@@ -147,10 +147,10 @@ class Lane {
 struct Pool {
   PoolId id;
   int uses = 0;
-  bool released = false;     // no graph will touch its memory again
+  bool released = false;  // no graph will touch its memory again
   bool no_split = false;
   bool use_on_oom = false;
-  std::shared_ptr<Mark> all; // of a released pool: everything that was submitted to any stream before that
+  std::shared_ptr<Mark> all;  // of a released pool: everything that was submitted to any stream before that
   std::deque<std::unique_ptr<Lane>> lanes;
   std::array<Lane*, 2> last{};  // used last: large, small
 };

@@ -1,5 +1,5 @@
-// What a framework's allocator asks of an account's malloc. Pure virtual, so that another extension module can
-// call it without sharing a symbol with this one; the values cross by copy.
+// What a framework's allocator asks of an account's malloc. Pure virtual, so that another extension module
+// can call it without sharing a symbol with this one; the values cross by copy.
 #pragma once
 
 #include <cstddef>

@@ -41,7 +41,9 @@ constexpr size_t class_bytes(size_t number) {
   return power + ((number - 8) % 4 + 1) * (power / 4);
 }
 
-constexpr size_t slab_bytes(size_t number) { return class_bytes(number) <= 4 * kKiB ? kSmallSlab : kLargeSlab; }
+constexpr size_t slab_bytes(size_t number) {
+  return class_bytes(number) <= 4 * kKiB ? kSmallSlab : kLargeSlab;
+}
 
 static_assert(size_class_of(1) == 0 && size_class_of(512) == 0 && size_class_of(513) == 1);
 static_assert(size_class_of(4096) == 7 && size_class_of(4097) == 8 && size_class_of(5120) == 8);

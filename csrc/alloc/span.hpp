@@ -1,7 +1,7 @@
 // Spans tile a reservation: each is absent (nothing mapped), free, or taken. The span at an address is found
-// through an array with an entry for every unit of addresses; only those at both ends of a span are kept true,
-// so splitting and joining cost the same for any size (boundary tags, as in tcmalloc's page map). A slab's
-// units all point to it, since its blocks start anywhere inside.
+// through an array with an entry for every unit of addresses; only those at both ends of a span are kept
+// true, so splitting and joining cost the same for any size (boundary tags, as in tcmalloc's page map). A
+// slab's units all point to it, since its blocks start anywhere inside.
 //
 // The reservation has two regions: small blocks at the bottom in fine units, large ones above in coarse ones.
 // No span crosses from one to the other. Thread-safety: none; the owner brings the lock.
@@ -36,9 +36,9 @@ struct Span {
   size_t bytes = 0;
   Lane* lane = nullptr;  // null: absent
   SpanState state = SpanState::kAbsent;
-  size_t requested = 0;             // of a live block
-  std::vector<Stream> others;       // streams recorded on a live block
-  std::unique_ptr<Slab> slab;       // of a slab
+  size_t requested = 0;        // of a live block
+  std::vector<Stream> others;  // streams recorded on a live block
+  std::unique_ptr<Slab> slab;  // of a slab
   size_t end() const { return offset + bytes; }
 };
 
@@ -47,8 +47,10 @@ template <class T>
 class SparseArray {
  public:
   explicit SparseArray(size_t count) : bytes_(count * sizeof(T*)) {
-    void* at = ::mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (at == MAP_FAILED) throw Error(Kind::kOutOfMemory, "no address space for a map of " + format_bytes(bytes_));
+    void* at =
+        ::mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED)
+      throw Error(Kind::kOutOfMemory, "no address space for a map of " + format_bytes(bytes_));
     entries_ = static_cast<T**>(at);
   }
   SparseArray(const SparseArray&) = delete;

@@ -137,7 +137,8 @@ class CudaBackend final : public Backend {
           cuda::kCaptureUnsupported);
     }
     const cuda::Event event = take_event();
-    return recorded(event, driver_.cuEventRecord(event, queue), [&] { return "cuEventRecord" + named(stream); });
+    return recorded(event, driver_.cuEventRecord(event, queue),
+                    [&] { return "cuEventRecord" + named(stream); });
   }
 
   EventId record_all() override {

@@ -26,7 +26,8 @@ struct HandStream {
   }
 };
 
-/// A point in the order of streams, which outlives them. Without any, as for the default stream, it has passed.
+/// A point in the order of streams, which outlives them. Without any, as for the default stream, it has
+/// passed.
 struct HandMark {
   std::vector<std::pair<std::shared_ptr<HandStream>, uint64_t>> positions;
 
