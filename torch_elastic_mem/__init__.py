@@ -38,9 +38,11 @@ if TYPE_CHECKING:
     from torch_elastic_mem.account import Account
     from torch_elastic_mem.arena import Arena
     from torch_elastic_mem.block_pool import BlockPool, Compaction
+    from torch_elastic_mem.defaults import default_arena
     from torch_elastic_mem.elastic_kv import ElasticKVTensor
     from torch_elastic_mem.snapshot import AccountSnapshot, Snapshot, YieldRecord
-    from torch_elastic_mem.torch_hooks import is_out_of_memory, torch_allocator
+    from torch_elastic_mem.torch_cuda import TorchAllocator, torch_allocator
+    from torch_elastic_mem.torch_hooks import is_out_of_memory
 
 __version__ = "0.1.0"
 
@@ -52,9 +54,11 @@ _LAZY = {
     "Compaction": "block_pool",
     "ElasticKVTensor": "elastic_kv",
     "Snapshot": "snapshot",
+    "TorchAllocator": "torch_cuda",
     "YieldRecord": "snapshot",
+    "default_arena": "defaults",
     "is_out_of_memory": "torch_hooks",
-    "torch_allocator": "torch_hooks",
+    "torch_allocator": "torch_cuda",
 }
 
 __all__ = [
@@ -77,7 +81,9 @@ __all__ = [
     "PriorityClass",
     "Snapshot",
     "TemError",
+    "TorchAllocator",
     "YieldRecord",
+    "default_arena",
     "format_bytes",
     "is_out_of_memory",
     "parse_bytes",

@@ -159,8 +159,8 @@ class Account:
 
         On the host backend CPU tensors come from the arena, through an allocator that torch is given on
         first use. On the CUDA backend `torch_allocator` has to be torch's current allocator. Tensors may
-        outlive the block, but not the account. Out of memory raises `torch.OutOfMemoryError` on the host
-        and, through the plain C hooks, a RuntimeError on CUDA: `is_out_of_memory` knows both.
+        outlive the block, but not the account. Out of memory raises `torch.OutOfMemoryError`, but a
+        RuntimeError on CUDA through torch's plain C hooks: `is_out_of_memory` knows both.
 
         Raises:
             TemError: the torch extension was not built (host backend).

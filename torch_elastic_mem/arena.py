@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from types import TracebackType
 from typing import Any
 
 from torch_elastic_mem import _C
 from torch_elastic_mem.account import Account, Bytes, limits_over
-from torch_elastic_mem.device import Device
+from torch_elastic_mem.device import Device, device_of
 from torch_elastic_mem.errors import InvalidArgument
 from torch_elastic_mem.priority import PriorityClass, priority
 from torch_elastic_mem.snapshot import AccountSnapshot, Snapshot, YieldRecord
@@ -19,15 +18,6 @@ from torch_elastic_mem.units import parse_bytes
 # marks lie warm extents.
 CUDA_RESERVE = (256 << 20, 1280 << 20)
 LIBCUDA = "libcuda.so.1"
-
-
-def _device_of(device: str) -> tuple[str, int]:
-    if device in ("host", "cpu"):
-        return "host", 0
-    found = re.fullmatch(r"cuda(?::(\d{1,4}))?", device, re.ASCII) if isinstance(device, str) else None
-    if found:
-        return "cuda", int(found[1] or 0)
-    raise InvalidArgument(f"unknown device {device!r}: use 'host', 'cuda' or 'cuda:N'")
 
 
 class Arena:
@@ -66,7 +56,7 @@ class Arena:
         reserve: tuple[Bytes, Bytes] | None = None,
         yield_timeout: float = 1.0,
     ) -> None:
-        kind, index = _device_of(device)
+        kind, index = device_of(device)
         wanted = None if capacity is None else parse_bytes(capacity)
         if kind == "host":
             if wanted is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch_elastic_mem.errors import InvalidArgument
@@ -38,6 +39,32 @@ class Device:
             InvalidArgument: a negative one.
         """
         return _checked(self.yield_timeout if timeout is None else timeout)
+
+
+def device_of(device: str) -> tuple[str, int]:
+    """The backend and the index that a device's name stands for.
+
+    Raises:
+        InvalidArgument: it stands for none.
+    """
+    if device in ("host", "cpu"):
+        return "host", 0
+    found = re.fullmatch(r"cuda(?::(\d{1,4}))?", device, re.ASCII) if isinstance(device, str) else None
+    if found:
+        return "cuda", int(found[1] or 0)
+    raise InvalidArgument(f"unknown device {device!r}: use 'host', 'cuda' or 'cuda:N'")
+
+
+def cuda_index(device: str) -> int:
+    """The index of a CUDA device, by its name.
+
+    Raises:
+        InvalidArgument: it is the name of no CUDA device.
+    """
+    kind, index = device_of(device)
+    if kind != "cuda":
+        raise InvalidArgument(f"{device!r} is no CUDA device: use 'cuda' or 'cuda:N'")
+    return index
 
 
 def _checked(timeout: float) -> float:

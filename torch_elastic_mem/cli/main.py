@@ -12,6 +12,7 @@ import torch_elastic_mem as tem
 # Each command is an attribute of that name in a module of that name, beside this one.
 COMMANDS = {
     "demo": "Train and serve a small model from one arena, and prove that nothing was lost.",
+    "run": "Run a program whose torch draws its CUDA memory from an account.",
 }
 
 

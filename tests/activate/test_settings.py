@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+
+import torch_elastic_mem as tem
+from torch_elastic_mem.activate.settings import Settings, enabled
+
+
+def test_what_is_written_is_read_again() -> None:
+    for settings in (Settings(), Settings("idle", "night run", ("cuda", "cuda:3"))):
+        assert Settings.read(settings.variables()) == settings
+
+
+def test_unset_and_empty_are_the_defaults() -> None:
+    assert Settings.read({}) == Settings.read({"TEM_PRIORITY": "", "TEM_NAME": "", "TEM_DEVICE": " ,"})
+    assert Settings.read({}) == Settings("training", "", ())
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"TEM_PRIORITY": "urgent"}, "TEM_PRIORITY: no priority class 'urgent': use one of 'idle'"),
+        ({"TEM_DEVICE": "cuda:0,cpu"}, "TEM_DEVICE: 'cpu' is no CUDA device"),
+        ({"TEM_DEVICE": "gpu0"}, "TEM_DEVICE: unknown device 'gpu0'"),
+    ],
+)
+def test_a_bad_value_is_told_with_its_variable(variables: dict[str, str], said: str) -> None:
+    with pytest.raises(tem.InvalidArgument, match=f"^{said}"):
+        Settings.read(variables)
+
+
+def test_enabled_is_yes_or_no() -> None:
+    assert enabled({}) and enabled({"TEM_ENABLE": "1"}) and not enabled({"TEM_ENABLE": "0"})
+    with pytest.raises(tem.InvalidArgument, match="TEM_ENABLE is 'yes'"):
+        enabled({"TEM_ENABLE": "yes"})
+
+
+@pytest.mark.parametrize(
+    ("devices", "rank", "visible", "served"),
+    [
+        ((), None, 8, [0]),
+        ((), "3", 8, [3]),
+        ((), "3", 1, [0]),
+        ((), "", 8, [0]),
+        ((), "-1", 8, [0]),
+        (("cuda:2", "cuda"), "3", 8, [2, 0]),
+    ],
+)
+def test_a_process_serves_its_own_device(
+    devices: tuple[str, ...], rank: str | None, visible: int, served: list[int]
+) -> None:
+    environment = {} if rank is None else {"LOCAL_RANK": rank}
+    assert Settings(devices=devices).indices(environment, visible) == served
