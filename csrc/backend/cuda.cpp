@@ -5,8 +5,8 @@
 //    nor does a query. New events, the default stream and memory_info do: they borrow the primary context,
 //    the one torch uses, and leave the thread's own as it was.
 //  - While any thread captures a CUDA graph in the global mode, torch's default, a cuEventQuery elsewhere
-//    fails and spoils the capture, unless its own thread is in the relaxed mode. Mapping and recording are
-//    let through.
+//    fails and spoils the capture, unless its own thread is in the relaxed mode. Whatever could block is
+//    called in that mode; recording is let through without.
 //  - An event recorded on a capturing stream belongs to the graph, and to ask for it spoils the capture too.
 //  - At exit the driver shuts down before the last owner lets go. What it answers then is
 //    CUDA_ERROR_DEINITIALIZED, and everything it held is gone: giving back has succeeded.
@@ -60,6 +60,7 @@ class CudaBackend final : public Backend {
     cuda::Context before = nullptr;
     if (driver_.cuCtxPushCurrent(context_) == cuda::kSuccess) {
       for (cuda::Event event : all_events_) driver_.cuEventDestroy(event);
+      if (side_stream_ != nullptr) driver_.cuStreamDestroy(side_stream_);
       driver_.cuCtxPopCurrent(&before);
     }
     driver_.cuDevicePrimaryCtxRelease(device_);
@@ -69,6 +70,7 @@ class CudaBackend final : public Backend {
 
   MemoryInfo memory_info() override {
     const InContext current(*this);
+    const Relaxed relaxed(driver_);
     MemoryInfo info;
     check(driver_.cuMemGetInfo(&info.free, &info.total), [] { return std::string("cuMemGetInfo()"); });
     return info;
@@ -88,6 +90,7 @@ class CudaBackend final : public Backend {
   }
 
   Handle create(size_t bytes) override {
+    const Relaxed relaxed(driver_);
     cuda::AllocationHandle handle = 0;
     const Result code = driver_.cuMemCreate(&handle, bytes, &prop_, 0);
     if (code == cuda::kOutOfMemory) throw Error(Kind::kOutOfMemory, out_of_memory(bytes));
@@ -96,41 +99,47 @@ class CudaBackend final : public Backend {
   }
 
   void release(Handle handle) override {
+    const Relaxed relaxed(driver_);
     check_return(driver_.cuMemRelease(handle),
                  [&] { return "cuMemRelease(handle " + std::to_string(handle) + ")"; });
   }
 
   void map(Address at, size_t bytes, Handle handle) override {
+    const Relaxed relaxed(driver_);
     check(driver_.cuMemMap(at, bytes, 0, handle, 0),
           [&] { return "cuMemMap(" + span(at, bytes) + ", handle " + std::to_string(handle) + ")"; });
   }
 
   void allow(Address at, size_t bytes) override {
+    const Relaxed relaxed(driver_);
     const cuda::AccessDesc access{prop_.location, cuda::kAccessReadWrite};
     check(driver_.cuMemSetAccess(at, bytes, &access, 1),
           [&] { return "cuMemSetAccess(" + span(at, bytes) + ")"; });
   }
 
   void unmap(Address at, size_t bytes) override {
+    const Relaxed relaxed(driver_);
     check_return(driver_.cuMemUnmap(at, bytes), [&] { return "cuMemUnmap(" + span(at, bytes) + ")"; });
   }
 
   void zero(Address at, size_t bytes, Stream stream) override {
     const InContext current(*this);
-    const auto queue = reinterpret_cast<cuda::StreamPtr>(stream);
+    auto queue = reinterpret_cast<cuda::StreamPtr>(stream);
+    // On a stream that is captured it would run at every replay, and not now.
+    const bool apart = capturing(queue);
+    const Relaxed relaxed(driver_);
+    if (apart) queue = side_stream();
     const bool words = at % 4 == 0 && bytes % 4 == 0;
     check(words ? driver_.cuMemsetD32Async(at, 0, bytes / 4, queue)
                 : driver_.cuMemsetD8Async(at, 0, bytes, queue),
           [&] { return "cuMemsetAsync(" + span(at, bytes) + ", stream " + hex(stream) + ")"; });
+    if (apart) check(driver_.cuStreamSynchronize(queue), [] { return std::string("cuStreamSynchronize()"); });
   }
 
   EventId record(Stream stream) override {
     const InContext current(*this);
     const auto queue = reinterpret_cast<cuda::StreamPtr>(stream);
-    int capture = cuda::kCaptureNone;
-    check(driver_.cuStreamIsCapturing(queue, &capture),
-          [&] { return "cuStreamIsCapturing" + named(stream); });
-    if (capture != cuda::kCaptureNone) {
+    if (capturing(queue)) {
       throw Error(
           Kind::kDriver,
           "record" + named(stream) + where() + ": the stream is capturing a graph, which a fence would spoil",
@@ -144,12 +153,10 @@ class CudaBackend final : public Backend {
   EventId record_all() override {
     const InContext current(*this);
     const cuda::Event event = take_event();
-    int mode = cuda::kCaptureModeRelaxed;
-    driver_.cuThreadExchangeStreamCaptureMode(&mode);
+    const Relaxed relaxed(driver_);
     // Before CUDA 12.5 no event spans streams. Then it takes a wait, and the event passes at once.
     const Result code = driver_.cuCtxRecordEvent != nullptr ? driver_.cuCtxRecordEvent(context_, event)
                                                             : driver_.cuCtxSynchronize();
-    driver_.cuThreadExchangeStreamCaptureMode(&mode);
     return recorded(event, code, [] { return std::string("cuCtxRecordEvent()"); });
   }
 
@@ -159,10 +166,8 @@ class CudaBackend final : public Backend {
       const std::lock_guard<std::mutex> lock(events_mutex_);
       event = known("passed", id);
     }
-    int mode = cuda::kCaptureModeRelaxed;
-    driver_.cuThreadExchangeStreamCaptureMode(&mode);
+    const Relaxed relaxed(driver_);
     const Result code = driver_.cuEventQuery(event);
-    driver_.cuThreadExchangeStreamCaptureMode(&mode);
     if (code == cuda::kNotReady) return false;
     check_return(code, [&] { return "cuEventQuery(event " + std::to_string(id) + ")"; });
     return true;
@@ -196,6 +201,37 @@ class CudaBackend final : public Backend {
     const cuda::Driver& driver_;
     bool pushed_ = false;
   };
+
+  /// Lets this thread call what could block while another, or it itself, captures a graph.
+  class Relaxed {
+   public:
+    explicit Relaxed(const cuda::Driver& driver) : driver_(driver) {
+      driver_.cuThreadExchangeStreamCaptureMode(&mode_);
+    }
+    ~Relaxed() { driver_.cuThreadExchangeStreamCaptureMode(&mode_); }
+    Relaxed(const Relaxed&) = delete;
+    Relaxed& operator=(const Relaxed&) = delete;
+
+   private:
+    const cuda::Driver& driver_;
+    int mode_ = cuda::kCaptureModeRelaxed;
+  };
+
+  bool capturing(cuda::StreamPtr stream) const {
+    int status = cuda::kCaptureNone;
+    check(driver_.cuStreamIsCapturing(stream, &status),
+          [&] { return "cuStreamIsCapturing" + named(reinterpret_cast<Stream>(stream)); });
+    return status != cuda::kCaptureNone;
+  }
+
+  /// A stream that nobody captures. Called within the context.
+  cuda::StreamPtr side_stream() {
+    const std::lock_guard<std::mutex> lock(events_mutex_);
+    if (side_stream_ == nullptr)
+      check(driver_.cuStreamCreate(&side_stream_, cuda::kStreamNonBlocking),
+            [] { return std::string("cuStreamCreate()"); });
+    return side_stream_;
+  }
 
   void open_device(int ordinal) {
     int count = 0;
@@ -310,6 +346,7 @@ class CudaBackend final : public Backend {
   SlotTable<cuda::Event> events_;
   std::vector<cuda::Event> spare_events_;
   std::vector<cuda::Event> all_events_;
+  cuda::StreamPtr side_stream_ = nullptr;  // guarded by the same
 };
 
 }  // namespace

@@ -71,6 +71,7 @@ constexpr int kGranularityMinimum = 0;
 constexpr int kAttributeVmmSupported = 102;
 constexpr int kAttributePosixFdSupported = 103;
 constexpr unsigned kEventDisableTiming = 2;
+constexpr unsigned kStreamNonBlocking = 1;
 
 constexpr int kCaptureModeGlobal = 0;
 constexpr int kCaptureModeRelaxed = 2;

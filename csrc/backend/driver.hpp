@@ -28,6 +28,9 @@
   X(cuCtxPopCurrent, Context*)                                                         \
   X(cuThreadExchangeStreamCaptureMode, int*)                                           \
   X(cuStreamIsCapturing, StreamPtr, int*)                                              \
+  X(cuStreamCreate, StreamPtr*, unsigned)                                              \
+  X(cuStreamSynchronize, StreamPtr)                                                    \
+  X(cuStreamDestroy, StreamPtr)                                                        \
   X(cuMemGetInfo, size_t*, size_t*)                                                    \
   X(cuMemGetAllocationGranularity, size_t*, const AllocationProp*, int)                \
   X(cuMemAddressReserve, DevicePtr*, size_t, size_t, DevicePtr, unsigned long long)    \
