@@ -46,7 +46,7 @@ CPP_INCLUDES = {
     "kv": {"core", "backend", "ledger", "arena"},
     "capi": {"core", "backend", "ledger", "arena", "alloc", "kv"},
     "bindings": {"core", "backend", "ledger", "arena", "alloc", "kv", "capi"},
-    "torch": {"capi/tem.h"},
+    "torch": {"capi/tem.h", "alloc/malloc.hpp", "core/error.hpp"},
 }
 # Headers from outside, by their first folder or whole name, and the folders that may know them.
 CPP_FOREIGN = {

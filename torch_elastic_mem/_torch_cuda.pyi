@@ -1,5 +1,6 @@
-"""Torch's CUDA allocator; there where a torch with CUDA was when the package was built."""
+"""torch's CUDA allocator over accounts; there where a CUDA build of torch was when the package was built."""
 
 TORCH_VERSION: str
 
-def make_allocator(directory: object, /) -> object: ...
+def make_allocator(directory: object, /) -> object:
+    """A `torch._C._cuda_CUDAAllocator`, the same at every call."""

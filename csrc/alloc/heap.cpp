@@ -96,7 +96,7 @@ void* Heap::take(Lane& lane, size_t rounded, size_t requested) {
   }
   count_taken(lane, requested);
   const Address at = address_of(spot);
-  tell(MallocEvent::Action::kAllocate, at, rounded, lane);
+  tell(MallocEvent::Action::kAllocate, at, requested, lane);
   return reinterpret_cast<void*>(at);
 }
 
@@ -139,7 +139,7 @@ void Heap::release(Spot spot) {
   stats_.allocation.sub(lane.small, 1);
   stats_.allocated_bytes.sub(lane.small, static_cast<int64_t>(rounded));
   stats_.requested_bytes.sub(lane.small, static_cast<int64_t>(requested));
-  tell(MallocEvent::Action::kFree, address_of(spot), rounded, lane);
+  tell(MallocEvent::Action::kFree, address_of(spot), requested, lane);
   if (spot.in_slab() ? span->slab->shared() : !span->others.empty()) {
     std::vector<Stream> others =
         spot.in_slab() ? span->slab->take_others(spot.block) : std::exchange(span->others, {});
@@ -151,10 +151,10 @@ void Heap::release(Spot spot) {
 /// What is free now for its stream: the end of every free.
 void Heap::put(Spot spot) {
   Lane& lane = *spot.span->lane;
-  const size_t rounded = rounded_of(requested_of(spot));
+  const size_t requested = requested_of(spot);
   stats_.active.sub(lane.small, 1);
-  stats_.active_bytes.sub(lane.small, static_cast<int64_t>(rounded));
-  tell(MallocEvent::Action::kFreed, address_of(spot), rounded, lane);
+  stats_.active_bytes.sub(lane.small, static_cast<int64_t>(rounded_of(requested)));
+  tell(MallocEvent::Action::kFreed, address_of(spot), requested, lane);
   if (spot.in_slab()) return put_in_slab(spot);
   Span* span = spot.span;
   if (span->state == SpanState::kParked) {

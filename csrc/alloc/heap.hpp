@@ -41,6 +41,8 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   bool contains(const void* pointer) const { return range_->contains(reinterpret_cast<Address>(pointer)); }
 
   MallocStats stats() override;
+  void count_retry() override;
+  void count_out_of_memory() override;
   void reset_peak() override;
   void reset_accumulated() override;
   std::vector<SegmentView> segments(PoolId pool) override;

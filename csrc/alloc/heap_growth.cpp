@@ -128,7 +128,6 @@ void Heap::check_limit(Arena& arena, size_t bytes) {
   arena.trim(account_);
   if (!over()) return;
   const Guard guard(mutex_);
-  ++stats_.out_of_memory;
   throw Error(Kind::kOutOfMemory, name_ + ": " + format_bytes(bytes) + " more would exceed the limit of " +
                                       format_bytes(limit_) + " set for it, of which " +
                                       format_bytes(extents_.mapped()) +

@@ -201,7 +201,7 @@ void Heap::claim(Pool& pool, const PlacedBlock& block) {
     if (slab->full()) lane.remove_slab(slab);
   }
   count_taken(lane, block.requested);
-  tell(MallocEvent::Action::kAllocate, block.address, block.bytes, lane);
+  tell(MallocEvent::Action::kAllocate, block.address, block.requested, lane);
 }
 
 /// Makes a span of its own, in no list, of a run inside a free one.

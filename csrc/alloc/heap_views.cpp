@@ -80,6 +80,16 @@ MallocStats Heap::stats() {
   return stats_;
 }
 
+void Heap::count_retry() {
+  const Guard guard(mutex_);
+  ++stats_.retries;
+}
+
+void Heap::count_out_of_memory() {
+  const Guard guard(mutex_);
+  ++stats_.out_of_memory;
+}
+
 void Heap::reset_peak() {
   const Guard guard(mutex_);
   for_each_stat(stats_, [](Stat& stat) { stat.peak = stat.current; });

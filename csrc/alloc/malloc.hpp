@@ -87,10 +87,10 @@ struct PlacedBlock {
 };
 
 struct MallocEvent {
-  enum class Action { kAllocate, kFree, kFreed, kMap, kUnmap, kOutOfMemory };
+  enum class Action { kAllocate, kFree, kFreed, kMap, kUnmap };
   Action action = Action::kAllocate;
   Address address = 0;
-  size_t bytes = 0;
+  size_t bytes = 0;  // of a block, as requested
   Stream stream = 0;
   PoolId pool;
 };
@@ -118,6 +118,9 @@ class Malloc {
   virtual BlockView block_at(const void* address) = 0;
 
   virtual MallocStats stats() = 0;
+  /// What only the caller knows of: a refused allocation that it tried again, and one that it gave up.
+  virtual void count_retry() = 0;
+  virtual void count_out_of_memory() = 0;
   virtual void reset_peak() = 0;
   virtual void reset_accumulated() = 0;
   /// Segments of one pool, or of all with {0, 0}.

@@ -103,7 +103,7 @@ class Recorder final : public MallocObserver {
   Recorder& operator=(const Recorder&) = delete;
 
   void on(const MallocEvent& event) noexcept override {
-    static constexpr const char* kNames[] = {"allocate", "free", "freed", "map", "unmap", "out_of_memory"};
+    static constexpr const char* kNames[] = {"allocate", "free", "freed", "map", "unmap"};
     const std::lock_guard<std::mutex> guard(mutex_);
     entries_.emplace_back(kNames[static_cast<size_t>(event.action)], event.address, event.bytes, event.stream,
                           PoolNumbers(event.pool.first, event.pool.second));

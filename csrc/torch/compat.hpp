@@ -1,0 +1,14 @@
+// What differs between the minor versions of torch that this builds for: 2.11 to 2.14.
+#pragma once
+
+#include <torch/headeronly/version.h>
+
+#define TEM_TORCH_AT_LEAST(major, minor) \
+  (TORCH_VERSION_MAJOR > (major) || (TORCH_VERSION_MAJOR == (major) && TORCH_VERSION_MINOR >= (minor)))
+
+// getContextForPointer; attachOomRejectionObserver, pure virtual.
+#define TEM_TORCH_HAS_OOM_REJECTION TEM_TORCH_AT_LEAST(2, 12)
+// AllocatorConfigInfo has two more sizes of pinned memory.
+#define TEM_TORCH_HAS_PINNED_SIZES TEM_TORCH_AT_LEAST(2, 13)
+// supportsUserMetadata and annotateMemory; TraceEntry::ANNOTATE.
+#define TEM_TORCH_HAS_ANNOTATE TEM_TORCH_AT_LEAST(2, 14)
