@@ -65,6 +65,9 @@ class BlockPool:
 
     Args:
         kv: the cache. Blocks held by its own `ensure()` are left alone.
+
+    Raises:
+        InUseError: the cache has another pool.
     """
 
     def __init__(self, kv: ElasticKVTensor) -> None:

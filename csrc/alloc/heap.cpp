@@ -252,9 +252,9 @@ bool Heap::leaves_extent_idle(const Span* span, size_t begin, size_t end) {
   return idle;
 }
 
-/// While a pool is private its memory stays, and needs no mark; within a capture the driver allows none.
+/// What stays needs no mark; within a capture the driver allows none.
 void Heap::mark(Lane& lane) {
-  if (!is_private(lane.pool) && captures_.empty()) lane.mark();
+  if (!stays(lane.pool) && captures_.empty()) lane.mark();
 }
 
 void Heap::record_stream(void* pointer, Stream stream) {

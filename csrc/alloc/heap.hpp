@@ -153,7 +153,8 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   Lane& lane_of(Pool& pool, Stream stream, bool small);
   Pool& pool_for(Stream stream);
   Pool& at(PoolId pool);
-  bool is_private(const Pool& pool) const { return &pool != &shared_ && !pool.released; }
+  /// Whether what a pool has free must stay mapped: a graph may touch it.
+  bool stays(const Pool& pool) const { return &pool != &shared_ && !pool.released && !pool.use_on_oom; }
   void drop_pools();
   std::vector<PlacedBlock> live_blocks_of(const Pool& pool);
   void check_restorable(const Pool& pool, const std::vector<PlacedBlock>& checkpoint);

@@ -30,14 +30,14 @@ void Heap::settle() {
 }
 
 bool Heap::can_go(const Pool& pool) {
-  return !is_private(pool) && (!pool.released || (pool.all && pool.all->passed()));
+  return !stays(pool) && (!pool.released || (pool.all && pool.all->passed()));
 }
 
 /// Visits idle extents as (span, piece, lane, whether its fence has passed).
 template <class Visit>
 void Heap::for_each_idle_extent(Visit visit) {
   for_each_lane([&](Lane& lane) {
-    if (is_private(lane.pool)) return;
+    if (stays(lane.pool)) return;
     const bool open = can_go(lane.pool);
     lane.for_each_free([&](Span* span) {
       extents_.within(span->offset, span->end(), [&](const MappedExtent& extent) {

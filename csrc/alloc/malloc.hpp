@@ -146,7 +146,7 @@ class Malloc {
   /// From now on allocations on streams that pass the filter come from the pool.
   virtual void begin_pool(PoolId pool, std::function<bool(Stream)> filter) = 0;
   virtual void end_pool(PoolId pool) = 0;
-  /// The pool's cached memory may serve others before an allocation is refused.
+  /// The pool's free memory may go to others, as that of the shared pool. No graph must rely on it.
   virtual void set_use_on_oom(PoolId pool, bool use) = 0;
   virtual void set_no_split(PoolId pool) = 0;
   /// The live blocks of a pool, by address.

@@ -1,6 +1,7 @@
 #include "kv/block_pool.hpp"
 
 #include <algorithm>
+#include <utility>
 
 #include "core/error.hpp"
 #include "core/sizes.hpp"
@@ -10,8 +11,17 @@ namespace tem {
 BlockPool::BlockPool(std::shared_ptr<BlockRange> range)
     : range_(std::move(range)), claimed_(range_->geometry().num_blocks, false) {
   const Guard guard(range_->mutex_);
+  if (std::exchange(range_->pooled_, true))
+    throw Error(Kind::kInUse, range_->name() +
+                                  " has a block pool already, and a second would hand out the same blocks; "
+                                  "share the first, or delete it");
   for (size_t number = 0; number < range_->slots_.size(); ++number)
     range_->touch(static_cast<int32_t>(number));
+}
+
+BlockPool::~BlockPool() {
+  const Guard guard(range_->mutex_);
+  range_->pooled_ = false;
 }
 
 BlockPool::Site BlockPool::site_of(const BlockRange::Slot& slot) const {

@@ -34,7 +34,11 @@ struct CompactionPlan {
 
 class BlockPool {
  public:
+  /// Error{kInUse} while the range has another.
   explicit BlockPool(std::shared_ptr<BlockRange> range);
+  BlockPool(const BlockPool&) = delete;
+  BlockPool& operator=(const BlockPool&) = delete;
+  ~BlockPool();
 
   /// `count` blocks, resident and held. Error{kOutOfMemory} if there are not as many, or no memory for them;
   /// then nothing is taken.

@@ -125,6 +125,7 @@ class BlockRange final : public Tenant, public std::enable_shared_from_this<Bloc
   size_t ready_bytes_ = 0;                        // of one stripe
   size_t pending_bytes_ = 0;                      // of one stripe
   std::vector<Stream> streams_;                   // that blocks were ensured or released on
+  bool pooled_ = false;                           // a block pool hands out its blocks
   std::vector<int32_t> touched_;  // slots whose live count or presence changed, for the block pool
 };
 

@@ -192,7 +192,12 @@ void CudaAllocator::refuse(Malloc* malloc, const std::string& why, size_t bytes,
 
 void CudaAllocator::raw_delete(void* block) {
   if (!enabled_) return uncached_release(block);
-  translated([&] { give_back(block); });
+  try {
+    give_back(block);
+  } catch (const Error& error) {
+    TORCH_CHECK(error.kind() != Kind::kInvalid, "invalid device pointer: ", error.what());
+    raise(error);
+  }
 }
 
 void CudaAllocator::give_back(void* block) {

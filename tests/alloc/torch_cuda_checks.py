@@ -159,7 +159,8 @@ def raw_blocks_come_and_go() -> None:
 @group("blocks")
 def a_block_used_on_another_stream_waits_for_it() -> None:
     side = torch.cuda.Stream()
-    held = tensor(32 * MiB)
+    held = tensor(32 * MiB).fill_(0)  # a kernel's first launch waits for all that runs
+    torch.cuda.synchronize()
     address = held.data_ptr()
     with torch.cuda.stream(side):
         torch.cuda._sleep(1_000_000_000)
@@ -407,7 +408,8 @@ def a_graphs_memory_goes_with_it() -> None:
 def callables_are_graphed() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8)).cuda()
     example = torch.randn(16, 64, device="cuda", requires_grad=True)
-    plain = model(example)
+    with torch.no_grad():  # a graph of autograd that lives would bind the capture to this stream
+        plain = model(example)
     graphed: Any = torch.cuda.make_graphed_callables(model, (torch.randn_like(example, requires_grad=True),))
     for _ in range(3):
         result = graphed(example)

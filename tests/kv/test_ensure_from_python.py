@@ -144,3 +144,12 @@ def test_a_negative_timeout_is_refused(kv: tem.ElasticKVTensor, timeout: float) 
 def test_a_long_timeout_is_no_overflow(kv: tem.ElasticKVTensor) -> None:
     kv.ensure([0], timeout=float("inf"))
     kv.release([0])
+
+
+def test_a_cache_has_one_pool_at_a_time(kv: tem.ElasticKVTensor) -> None:
+    pool = tem.BlockPool(kv)
+    with pytest.raises(tem.InUseError, match="has a block pool already"):
+        tem.BlockPool(kv)
+    assert len(pool.allocate(1)) == 1
+    del pool
+    tem.BlockPool(kv).allocate(1)
