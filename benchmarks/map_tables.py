@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch_elastic_mem as tem
+from benchmarks.figures import spread, time_of
 from benchmarks.results import TARGET_COLUMNS, Table, target_row
 from benchmarks.timing import Summary, paired_ratio, summarise
 
@@ -53,7 +54,7 @@ def tables(size: int, raw: Mapping[str, Readings]) -> list[Table]:
     ensured = Table(
         "ensure() of blocks that are resident already",
         ["blocks", "in C++", "from Python"],
-        [[count, _time(summarise(core[count])), _time(summarise(python[count]))] for count in core],
+        [[count, time_of(summarise(core[count])), time_of(summarise(python[count]))] for count in core],
     )
     return [by_extent, fast, ensured, _targets(amount, raw)]
 
@@ -92,7 +93,7 @@ def _by_extent_row(name: str, readings: Readings) -> list[str]:
 
 def _pair_row(what: str, readings: Readings, floor: str, ours: str) -> list[str]:
     ratio = paired_ratio(readings[ours], readings[floor])
-    return [what, _time(summarise(readings[floor])), _time(summarise(readings[ours])), _spread(ratio)]
+    return [what, time_of(summarise(readings[floor])), time_of(summarise(readings[ours])), spread(ratio)]
 
 
 def _ratio_target(what: str, ratio: Summary, most: float) -> list[str]:
@@ -101,14 +102,3 @@ def _ratio_target(what: str, ratio: Summary, most: float) -> list[str]:
 
 def _speed_target(what: str, ratio: Summary, least: float) -> list[str]:
     return target_row(what, f"{ratio.median:.1f} times faster", f"at least {least:g}", ratio.median >= least)
-
-
-def _spread(ratio: Summary) -> str:
-    return f"{ratio.median:.2f} ({ratio.q1:.2f} to {ratio.q3:.2f})"
-
-
-def _time(nanoseconds: Summary) -> str:
-    value = nanoseconds.median
-    if value < 10_000:
-        return f"{value:.0f} ns"
-    return f"{value / 1000:.1f} us" if value < 1_000_000 else f"{value / 1_000_000:.2f} ms"

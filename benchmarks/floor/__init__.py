@@ -8,28 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import shlex
-import subprocess
-import tempfile
 from pathlib import Path
 from types import TracebackType
 
+from benchmarks.compiler import BuildError, shared_library
+
 _SOURCES = Path(__file__).parent
 _CSRC = _SOURCES.parents[1] / "csrc"
-_BUILD_DIR = _SOURCES.parents[1] / "build" / "benchmarks"
-_FLAGS = [
-    "-std=c++17",
-    "-O2",
-    "-fPIC",
-    "-shared",
-    "-Wall",
-    "-Wextra",
-    "-Wpedantic",
-    "-Wshadow",
-    "-Wconversion",
-]
 _HOST = -1
 
 
@@ -124,26 +109,13 @@ def _library() -> ctypes.CDLL:
 
 
 def _built() -> Path:
-    """The shared library for the sources as they are now; built if it is not there yet."""
-    command = [*shlex.split(os.environ.get("CXX", "c++")), *_FLAGS, f"-I{_CSRC}"]
-    digest = hashlib.sha256(" ".join(command).encode())
-    sources = [*sorted(_SOURCES.glob("*.[ch]pp")), _CSRC / "backend" / "cuda_abi.hpp"]
-    for source in sources:
-        digest.update(source.read_bytes())
-    target = _BUILD_DIR / f"floor-{digest.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    _BUILD_DIR.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=_BUILD_DIR) as folder:
-        made = Path(folder) / target.name
-        units = [str(source) for source in sources if source.suffix == ".cpp"]
-        try:
-            done = subprocess.run(
-                [*command, *units, "-o", str(made), "-ldl"], capture_output=True, text=True, check=False
-            )
-        except FileNotFoundError as error:
-            raise FloorError(f"no C++ compiler {command[0]!r}: install one or set CXX") from error
-        if done.returncode != 0:
-            raise FloorError(f"the floor does not build: {shlex.join(command)}\n{done.stderr}")
-        made.replace(target)
-    return target
+    try:
+        return shared_library(
+            "floor",
+            [_SOURCES / "floor.cpp"],
+            ["-std=c++17", f"-I{_CSRC}"],
+            ["-ldl"],
+            headers=[*sorted(_SOURCES.glob("*.hpp")), _CSRC / "backend" / "cuda_abi.hpp"],
+        )
+    except BuildError as error:
+        raise FloorError(str(error)) from error

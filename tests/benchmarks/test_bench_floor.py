@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks import floor
+from benchmarks import compiler, floor
 from benchmarks.floor import Floor, FloorError
 
 MIB = 1 << 20
@@ -39,7 +39,7 @@ def test_a_size_that_is_no_multiple_of_the_extent_is_refused():
 
 def test_a_compiler_that_is_missing_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(floor, "_BUILD_DIR", tmp_path)
+    monkeypatch.setattr(compiler, "BUILD_DIR", tmp_path)
     floor._library.cache_clear()
     with pytest.raises(FloorError, match="no-such-compiler"):
         Floor("host", 2 * MIB, 2 * MIB)
