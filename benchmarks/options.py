@@ -10,8 +10,11 @@ from typing import TypeVar
 import click
 
 import torch_elastic_mem as tem
+from benchmarks.compiler import BuildError
 from benchmarks.floor import FloorError
+from benchmarks.snapshots import SnapshotError
 from benchmarks.traces import TraceError
+from benchmarks.worker import WorkerError
 
 Command = TypeVar("Command", bound=Callable[..., object])
 
@@ -35,10 +38,10 @@ def backend_option(command: Command) -> Command:
 
 
 def out_option(command: Command) -> Command:
-    """--out, the file of the result."""
+    """--out or --json, the file of the result."""
     path = click.Path(path_type=Path, dir_okay=False)
     text = "Where the JSON goes. [default: in benchmarks/results]"
-    return click.option("--out", type=path, help=text)(command)
+    return click.option("--out", "--json", "out", type=path, help=text)(command)
 
 
 @contextmanager
@@ -46,5 +49,5 @@ def errors_as_messages() -> Iterator[None]:
     """Shows what a user can put right as one line: no driver, no compiler, a file that is no trace."""
     try:
         yield
-    except (tem.TemError, FloorError, TraceError) as error:
+    except (tem.TemError, BuildError, FloorError, TraceError, SnapshotError, WorkerError) as error:
         raise click.ClickException(str(error)) from error
