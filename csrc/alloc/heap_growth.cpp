@@ -7,6 +7,13 @@
 #include "core/sizes.hpp"
 
 namespace tem {
+namespace {
+
+/// Growth ahead of need stops here: what a last growth leaves unused is less than what torch's expandable
+/// segments leave of their 20 MiB pages.
+constexpr size_t kMostAhead = 16 * kMiB;
+
+}  // namespace
 
 void* Heap::grow(size_t rounded, size_t requested, Stream stream, Deadline deadline) {
   const std::shared_ptr<Arena> arena = this->arena();
@@ -22,7 +29,7 @@ void* Heap::grow(size_t rounded, size_t requested, Stream stream, Deadline deadl
       Lane& lane = lane_for(stream, small);
       if (void* block = take(lane, rounded, requested)) return block;
       // Small blocks get small extents: each comes free only when all blocks on it have gone.
-      if (!small) unit = ahead_extent(extents_.mapped(), granularity_);
+      if (!small) unit = ahead_extent(extents_.mapped(), granularity_, kMostAhead);
       exact = plan(lane, need, granularity_).bytes;
       ahead = plan(lane, need, unit).bytes;
     }

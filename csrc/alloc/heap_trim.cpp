@@ -66,7 +66,11 @@ Idle Heap::idle() {
 bool Heap::waiting() {
   const Guard guard(mutex_);
   if (!keep_) return extents_.mapped() != 0;
-  return !released_.empty();
+  bool any = false;
+  if (!released_.empty()) {
+    for_each_idle_extent([&](Span*, Piece, const Lane& lane, bool) { any |= lane.pool.released; });
+  }
+  return any;
 }
 
 /// Whether free extents wait for marks that have been made.
