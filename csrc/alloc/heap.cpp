@@ -84,7 +84,7 @@ void* Heap::take(Lane& lane, size_t rounded, size_t requested) {
     }
     Slab* slab = lane.slabs(number);
     slab->came_back = slab->kept;
-    slab->kept = false;
+    slab->kept = slab->stamped = false;
     spot = {slab->span(), slab->take(requested)};
     if (slab->full()) lane.remove_slab(slab);
   } else {
@@ -169,23 +169,27 @@ void Heap::put(Spot spot) {
 
 void Heap::put_in_slab(Spot spot) {
   Slab* slab = spot.span->slab.get();
-  Lane& lane = *spot.span->lane;
-  if (slab->full()) lane.add_slab(slab);
+  const bool was_live = slab->live(spot.block);
+  if (slab->full()) spot.span->lane->add_slab(slab);
   slab->put(spot.block);
-  if (!slab->empty()) return;
-  if (slab->previous != nullptr || slab->next != nullptr) return drop_slab(slab);
   // One empty slab stays, so that a single block that comes and goes does not make and drop one each time;
   // once it has come back, it is as a hot block.
-  slab->kept = true;
-  if (slab->came_back) return;
-  Span* span = spot.span;
+  if (slab->empty() && (slab->previous != nullptr || slab->next != nullptr)) return drop_slab(slab);
+  slab->kept = slab->empty();
+  if (was_live && slab->deserted() && !slab->came_back) desert(slab);
+}
+
+/// The last live block of a slab has gone: that is the slab's fence.
+void Heap::desert(Slab* slab) {
+  Span* span = slab->span();
+  slab->stamped = true;
   stamp(span);
-  if (leaves_extent_idle(span, span->offset, span->end())) mark(lane);
+  if (leaves_extent_idle(span, span->offset, span->end())) mark(*span->lane);
 }
 
 void Heap::drop_slab(Slab* slab) {
   Span* span = slab->span();
-  const bool stamped = slab->kept && !slab->came_back;
+  const bool stamped = slab->stamped;
   span->lane->remove_slab(slab);
   span->slab.reset();
   if (stamped) {
@@ -232,12 +236,12 @@ void Heap::stamp(const Span* span) {
 }
 
 /// Whether an extent that touches `[begin, end)` of a free span has nothing left that lives; parked and hot
-/// blocks and empty slabs count as gone, for their stream has let them go.
+/// blocks and slabs without live ones count as gone, for their stream has let them go.
 bool Heap::leaves_extent_idle(const Span* span, size_t begin, size_t end) {
   const auto gone = [&](const Span* other) {
     if (other == nullptr || other->lane != span->lane) return false;
     return other->state == SpanState::kFree || other->state == SpanState::kParked ||
-           other->state == SpanState::kHot || (other->state == SpanState::kSlab && other->slab->empty());
+           other->state == SpanState::kHot || (other->state == SpanState::kSlab && other->slab->deserted());
   };
   const MappedExtent* first = extents_.over(begin);
   const MappedExtent* last = extents_.over(end - 1);

@@ -117,6 +117,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   void release(Spot spot);
   void put(Spot spot);
   void put_in_slab(Spot spot);
+  void desert(Slab* slab);
   void drop_slab(Slab* slab);
   void set_free(Span* span);
   Span* list_free(Span* span);

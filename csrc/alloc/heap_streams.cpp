@@ -21,7 +21,9 @@ void Heap::park(Spot spot, std::vector<Stream> streams) {
   parked_.emplace(&parked, std::move(made));
   ++unmarked_;
   if (spot.in_slab()) {
-    spot.span->slab->park(spot.block);
+    Slab* slab = spot.span->slab.get();
+    slab->park(spot.block);
+    if (slab->deserted()) desert(slab);
   } else {
     spot.span->state = SpanState::kParked;
     stamp(spot.span);

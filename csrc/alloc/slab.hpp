@@ -34,6 +34,8 @@ class Slab {
   uint32_t capacity() const { return capacity_; }
   bool full() const { return (free_[0] | free_[1]) == 0; }
   bool empty() const { return taken_ == 0; }
+  /// Whether none is live: what is not free is parked.
+  bool deserted() const { return (live_[0] | live_[1]) == 0; }
   bool live(uint32_t block) const { return (live_[block / 64] & bit(block)) != 0; }
   bool available(uint32_t block) const { return (free_[block / 64] & bit(block)) != 0; }
   uint32_t requested(uint32_t block) const { return requested_[block]; }
@@ -88,6 +90,7 @@ class Slab {
 
   bool kept = false;       // empty, and not given up yet
   bool came_back = false;  // the first block since then is the only one
+  bool stamped = false;    // nothing has been taken since the last live block went, and that is stamped
 
   // Neighbours in the list of slabs with room of one lane and class.
   Slab* previous = nullptr;
