@@ -144,6 +144,7 @@ std::vector<PlacedBlock> Heap::live_blocks_of(const Pool& pool) {
 std::vector<Address> Heap::restore(PoolId id, const std::vector<PlacedBlock>& checkpoint) {
   const Guard guard(mutex_);
   Pool& pool = at(id);
+  unpark();
   check_restorable(pool, checkpoint);
   std::vector<Address> freed;
   for (const PlacedBlock& block : live_blocks_of(pool)) {
