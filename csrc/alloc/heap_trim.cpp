@@ -86,6 +86,7 @@ void Heap::trim(size_t bytes, size_t most, bool kept, std::vector<Leaving>& out)
   };
   const Guard guard(mutex_);
   if (keep_ && !kept && released_.empty()) return;
+  drop_pools();  // not those whose last extents leave now: the driver may refuse, and then they stay
   settle();
   std::vector<Going> going;
   for_each_idle_extent([&](Span* span, Piece piece, Lane& lane, bool ready) {
@@ -102,7 +103,6 @@ void Heap::trim(size_t bytes, size_t most, bool kept, std::vector<Leaving>& out)
     out.push_back({{{range_.get(), one.piece}}, reinterpret_cast<uint64_t>(one.lane)});
     drop_extent(one.span, one.piece);
   }
-  drop_pools();
 }
 
 void Heap::drop_extent(Span* span, Piece piece) {
