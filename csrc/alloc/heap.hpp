@@ -153,6 +153,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   Lane& lane_of(Pool& pool, Stream stream, bool small);
   Pool& pool_for(Stream stream);
   Pool& at(PoolId pool);
+  Pool& private_at(PoolId pool);
   bool is_private(const Pool& pool) const { return &pool != &shared_ && !pool.released; }
   void drop_pools();
   std::vector<PlacedBlock> live_blocks_of(const Pool& pool);
