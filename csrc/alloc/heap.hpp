@@ -141,6 +141,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
 
   // Giving back, in heap_trim.cpp.
   void settle();
+  void drop_empty_slabs(Lane& lane);
   bool comes_free();
   bool can_go(const Pool& pool);
   template <class Visit>

@@ -20,6 +20,7 @@ void* Heap::grow(size_t rounded, size_t requested, Stream stream, Deadline deadl
     {
       const Guard guard(mutex_);
       Lane& lane = lane_for(stream, small);
+      drop_empty_slabs(lane);
       if (void* block = take(lane, rounded, requested)) return block;
       // Small blocks get small extents: each comes free only when all blocks on it have gone.
       if (!small) unit = ahead_extent(extents_.mapped(), granularity_);

@@ -16,16 +16,20 @@ void Heap::settle() {
   unpark();
   for_each_lane([this](Lane& lane) {
     while (Span* hot = lane.pop_hot()) set_free(hot);
-    for (size_t number = 0; lane.small && number < kSizeClasses; ++number) {
-      for (Slab *slab = lane.slabs(number), *next = nullptr; slab != nullptr; slab = next) {
-        next = slab->next;
-        if (slab->empty()) drop_slab(slab);
-      }
-    }
+    drop_empty_slabs(lane);
     if (lane.unmarked) mark(lane);
   });
   for (const auto& pool : released_) {
     if (!pool->all && captures_.empty()) pool->all = Mark::everything(*device_);
+  }
+}
+
+void Heap::drop_empty_slabs(Lane& lane) {
+  for (size_t number = 0; lane.small && number < kSizeClasses; ++number) {
+    for (Slab *slab = lane.slabs(number), *next = nullptr; slab != nullptr; slab = next) {
+      next = slab->next;
+      if (slab->empty()) drop_slab(slab);
+    }
   }
 }
 
