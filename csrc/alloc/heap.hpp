@@ -131,6 +131,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   Piece plan(Lane& lane, size_t bytes, size_t unit);
   void add_extents(Lane& lane, Piece piece, const std::vector<Piece>& extents);
   Span* cut_absent(Piece piece);
+  bool within_limit(size_t bytes);
   void check_limit(Arena& arena, size_t bytes);
 
   // Other streams, in heap_streams.cpp.

@@ -32,7 +32,8 @@ void* Heap::grow(size_t rounded, size_t requested, Stream stream, Deadline deadl
                                           format_bytes(range_->bytes()) + "; free some blocks");
     }
     check_limit(*arena, exact);
-    std::optional<Grant> grant = ahead > exact ? arena->acquire_free(account_, ahead) : std::nullopt;
+    const bool may = ahead > exact && within_limit(ahead);
+    std::optional<Grant> grant = may ? arena->acquire_free(account_, ahead) : std::nullopt;
     const bool generous = grant.has_value();
     if (!generous) grant.emplace(arena->acquire(account_, exact, deadline, Rung::kTrim));
 
@@ -44,7 +45,8 @@ void* Heap::grow(size_t rounded, size_t requested, Stream stream, Deadline deadl
       if (void* block = take(lane, rounded, requested)) return block;
       piece = plan(lane, need, generous ? unit : granularity_);
     }
-    if (piece.bytes > grant->bytes()) continue;  // what was free beside the run has been taken meanwhile
+    // What was free beside the run, or below the limit, may have been taken meanwhile.
+    if (piece.bytes > grant->bytes() || !within_limit(piece.bytes)) continue;
     std::vector<Piece> extents;
     cover(piece, kMaxExtent, extents);
     std::vector<Place> places;
@@ -119,15 +121,16 @@ void Heap::add_extents(Lane& lane, Piece piece, const std::vector<Piece>& extent
   list_free(span);
 }
 
+bool Heap::within_limit(size_t bytes) {
+  const Guard guard(mutex_);
+  return extents_.mapped() <= limit_ && bytes <= limit_ - extents_.mapped();
+}
+
 /// Error{kOutOfMemory} if the limit does not allow so many more bytes, after what is idle has gone.
 void Heap::check_limit(Arena& arena, size_t bytes) {
-  const auto over = [&] {
-    const Guard guard(mutex_);
-    return extents_.mapped() > limit_ || bytes > limit_ - extents_.mapped();
-  };
-  if (!over()) return;
+  if (within_limit(bytes)) return;
   arena.trim(account_);
-  if (!over()) return;
+  if (within_limit(bytes)) return;
   const Guard guard(mutex_);
   throw Error(Kind::kOutOfMemory, name_ + ": " + format_bytes(bytes) + " more would exceed the limit of " +
                                       format_bytes(limit_) + " set for it, of which " +
