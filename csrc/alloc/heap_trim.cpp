@@ -78,7 +78,9 @@ bool Heap::comes_free() {
   const Guard guard(mutex_);
   settle();
   bool any = false;
-  for_each_idle_extent([&](Span*, Piece, const Lane& lane, bool ready) { any |= !ready && !lane.unmarked; });
+  for_each_idle_extent([&](Span*, Piece, const Lane& lane, bool ready) {
+    any |= !ready && !lane.unmarked && (!lane.pool.released || lane.pool.all);
+  });
   return any;
 }
 
