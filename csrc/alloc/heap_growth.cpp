@@ -39,11 +39,12 @@ void* Heap::grow(size_t rounded, size_t requested, Stream stream, Deadline deadl
 
     const Arena::Lock lock = arena->lock();
     Piece piece;
+    Lane* lane = nullptr;  // stays: pools are dropped under the arena's lock alone
     {
       const Guard guard(mutex_);
-      Lane& lane = lane_for(stream, small);
-      if (void* block = take(lane, rounded, requested)) return block;
-      piece = plan(lane, need, generous ? unit : granularity_);
+      lane = &lane_for(stream, small);
+      if (void* block = take(*lane, rounded, requested)) return block;
+      piece = plan(*lane, need, generous ? unit : granularity_);
     }
     // What was free beside the run, or below the limit, may have been taken meanwhile.
     if (piece.bytes > grant->bytes() || !within_limit(piece.bytes)) continue;
@@ -54,9 +55,8 @@ void* Heap::grow(size_t rounded, size_t requested, Stream stream, Deadline deadl
     arena->map(lock, *grant, places, writer_, stream);
 
     const Guard guard(mutex_);
-    Lane& lane = lane_for(stream, small);
-    add_extents(lane, piece, extents);
-    if (void* block = take(lane, rounded, requested)) return block;
+    add_extents(*lane, piece, extents);
+    if (void* block = take(*lane, rounded, requested)) return block;
   }
 }
 
