@@ -129,7 +129,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   // Growth, in heap_growth.cpp.
   void* grow(size_t rounded, size_t requested, Stream stream, Deadline deadline);
   Piece plan(Lane& lane, size_t bytes, size_t unit);
-  void add_extents(Lane& lane, Piece piece, const std::vector<Piece>& extents);
+  void add_extents(Lane& lane, Piece piece, const std::vector<Piece>& extents, uint64_t stamp);
   Span* cut_absent(Piece piece);
   bool within_limit(size_t bytes);
   void check_limit(Arena& arena, size_t bytes);

@@ -55,7 +55,9 @@ void* Heap::grow(size_t rounded, size_t requested, Stream stream, Deadline deadl
     arena->map(lock, *grant, places, writer_, stream);
 
     const Guard guard(mutex_);
-    add_extents(*lane, piece, extents);
+    // A memset may be queued: what no block is taken from waits for it as for a free.
+    add_extents(*lane, piece, extents, lane->stamp());
+    lane->unmarked = true;
     if (void* block = take(*lane, rounded, requested)) return block;
   }
 }
@@ -107,11 +109,11 @@ Span* Heap::cut_absent(Piece piece) {
   return span;
 }
 
-void Heap::add_extents(Lane& lane, Piece piece, const std::vector<Piece>& extents) {
+void Heap::add_extents(Lane& lane, Piece piece, const std::vector<Piece>& extents, uint64_t stamp) {
   Span* span = cut_absent(piece);
   span->lane = &lane;
   for (const Piece& extent : extents) {
-    extents_.add(extent, &lane, 0);
+    extents_.add(extent, &lane, stamp);
     tell(MallocEvent::Action::kMap, address(extent.offset), extent.bytes, lane);
   }
   const auto count = static_cast<int64_t>(extents.size());

@@ -151,7 +151,7 @@ void Heap::set_absent(Span* span) {
 void Heap::stay(const Leaving& leaving) {
   const Guard guard(mutex_);
   const Piece piece = leaving.places.front().piece;
-  add_extents(*reinterpret_cast<Lane*>(leaving.token), piece, {piece});
+  add_extents(*reinterpret_cast<Lane*>(leaving.token), piece, {piece}, 0);
 }
 
 void Heap::retire() {
