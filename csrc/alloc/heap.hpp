@@ -130,8 +130,9 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   // Growth, in heap_growth.cpp.
   void* grow(size_t rounded, size_t requested, Stream stream, Deadline deadline);
   Piece plan(Lane& lane, size_t bytes, size_t unit);
-  void add_extents(Lane& lane, Piece piece, const std::vector<Piece>& extents);
+  void add_extents(Lane& lane, Piece piece, const std::vector<Piece>& extents, uint64_t stamp);
   Span* cut_absent(Piece piece);
+  bool within_limit(size_t bytes);
   void check_limit(Arena& arena, size_t bytes);
 
   // Other streams, in heap_streams.cpp.
@@ -142,6 +143,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
 
   // Giving back, in heap_trim.cpp.
   void settle();
+  void drop_empty_slabs(Lane& lane);
   bool comes_free();
   bool can_go(const Pool& pool);
   template <class Visit>
@@ -154,6 +156,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   Lane& lane_of(Pool& pool, Stream stream, bool small);
   Pool& pool_for(Stream stream);
   Pool& at(PoolId pool);
+  Pool& private_at(PoolId pool);
   /// Whether what a pool has free must stay mapped: a graph may touch it.
   bool stays(const Pool& pool) const { return &pool != &shared_ && !pool.released && !pool.use_on_oom; }
   void drop_pools();

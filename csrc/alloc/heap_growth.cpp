@@ -27,6 +27,7 @@ void* Heap::grow(size_t rounded, size_t requested, Stream stream, Deadline deadl
     {
       const Guard guard(mutex_);
       Lane& lane = lane_for(stream, small);
+      drop_empty_slabs(lane);
       if (void* block = take(lane, rounded, requested)) return block;
       // Small blocks get small extents: each comes free only when all blocks on it have gone.
       if (!small) unit = ahead_extent(extents_.mapped(), granularity_, kMostAhead);
@@ -38,19 +39,22 @@ void* Heap::grow(size_t rounded, size_t requested, Stream stream, Deadline deadl
                                           format_bytes(range_->bytes()) + "; free some blocks");
     }
     check_limit(*arena, exact);
-    std::optional<Grant> grant = ahead > exact ? arena->acquire_free(account_, ahead) : std::nullopt;
+    const bool may = ahead > exact && within_limit(ahead);
+    std::optional<Grant> grant = may ? arena->acquire_free(account_, ahead) : std::nullopt;
     const bool generous = grant.has_value();
     if (!generous) grant.emplace(arena->acquire(account_, exact, deadline, Rung::kTrim));
 
     const Arena::Lock lock = arena->lock();
     Piece piece;
+    Lane* lane = nullptr;  // stays: pools are dropped under the arena's lock alone
     {
       const Guard guard(mutex_);
-      Lane& lane = lane_for(stream, small);
-      if (void* block = take(lane, rounded, requested)) return block;
-      piece = plan(lane, need, generous ? unit : granularity_);
+      lane = &lane_for(stream, small);
+      if (void* block = take(*lane, rounded, requested)) return block;
+      piece = plan(*lane, need, generous ? unit : granularity_);
     }
-    if (piece.bytes > grant->bytes()) continue;  // what was free beside the run has been taken meanwhile
+    // What was free beside the run, or below the limit, may have been taken meanwhile.
+    if (piece.bytes > grant->bytes() || !within_limit(piece.bytes)) continue;
     std::vector<Piece> extents;
     cover(piece, kMaxExtent, extents);
     std::vector<Place> places;
@@ -58,9 +62,10 @@ void* Heap::grow(size_t rounded, size_t requested, Stream stream, Deadline deadl
     arena->map(lock, *grant, places, writer_, stream);
 
     const Guard guard(mutex_);
-    Lane& lane = lane_for(stream, small);
-    add_extents(lane, piece, extents);
-    if (void* block = take(lane, rounded, requested)) return block;
+    // A memset may be queued: what no block is taken from waits for it as for a free.
+    add_extents(*lane, piece, extents, lane->stamp());
+    lane->unmarked = true;
+    if (void* block = take(*lane, rounded, requested)) return block;
   }
 }
 
@@ -111,11 +116,11 @@ Span* Heap::cut_absent(Piece piece) {
   return span;
 }
 
-void Heap::add_extents(Lane& lane, Piece piece, const std::vector<Piece>& extents) {
+void Heap::add_extents(Lane& lane, Piece piece, const std::vector<Piece>& extents, uint64_t stamp) {
   Span* span = cut_absent(piece);
   span->lane = &lane;
   for (const Piece& extent : extents) {
-    extents_.add(extent, &lane, 0);
+    extents_.add(extent, &lane, stamp);
     tell(MallocEvent::Action::kMap, address(extent.offset), extent.bytes, lane);
   }
   const auto count = static_cast<int64_t>(extents.size());
@@ -125,15 +130,16 @@ void Heap::add_extents(Lane& lane, Piece piece, const std::vector<Piece>& extent
   list_free(span);
 }
 
+bool Heap::within_limit(size_t bytes) {
+  const Guard guard(mutex_);
+  return extents_.mapped() <= limit_ && bytes <= limit_ - extents_.mapped();
+}
+
 /// Error{kOutOfMemory} if the limit does not allow so many more bytes, after what is idle has gone.
 void Heap::check_limit(Arena& arena, size_t bytes) {
-  const auto over = [&] {
-    const Guard guard(mutex_);
-    return extents_.mapped() > limit_ || bytes > limit_ - extents_.mapped();
-  };
-  if (!over()) return;
+  if (within_limit(bytes)) return;
   arena.trim(account_);
-  if (!over()) return;
+  if (within_limit(bytes)) return;
   const Guard guard(mutex_);
   throw Error(Kind::kOutOfMemory, name_ + ": " + format_bytes(bytes) + " more would exceed the limit of " +
                                       format_bytes(limit_) + " set for it, of which " +

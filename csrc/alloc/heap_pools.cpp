@@ -44,8 +44,14 @@ Pool& Heap::at(PoolId id) {
   throw Error(Kind::kInvalid, name_ + ": " + text_of(id) + " does not exist, or has been released");
 }
 
+Pool& Heap::private_at(PoolId id) {
+  if (!id.shared()) return at(id);
+  throw Error(Kind::kInvalid, name_ + ": " + text_of(id) + " is everybody's; a private pool has another id");
+}
+
 void Heap::create_pool(PoolId id) {
   const Guard guard(mutex_);
+  if (id.shared()) (void)private_at(id);
   std::unique_ptr<Pool>& pool = pools_[id];
   if (!pool) {
     pool = std::make_unique<Pool>();
@@ -73,7 +79,7 @@ void Heap::release_pool(PoolId id) {
   std::shared_ptr<Arena> arena;
   {
     const Guard guard(mutex_);
-    Pool& pool = at(id);
+    Pool& pool = private_at(id);
     if (--pool.uses > 0) return;
     pool.released = true;
     // A graph that was replayed may still run on any stream: what the pool holds goes behind all of them,
@@ -144,6 +150,7 @@ std::vector<PlacedBlock> Heap::live_blocks_of(const Pool& pool) {
 std::vector<Address> Heap::restore(PoolId id, const std::vector<PlacedBlock>& checkpoint) {
   const Guard guard(mutex_);
   Pool& pool = at(id);
+  unpark();
   check_restorable(pool, checkpoint);
   std::vector<Address> freed;
   for (const PlacedBlock& block : live_blocks_of(pool)) {

@@ -16,16 +16,20 @@ void Heap::settle() {
   unpark();
   for_each_lane([this](Lane& lane) {
     while (Span* hot = lane.pop_hot()) set_free(hot);
-    for (size_t number = 0; lane.small && number < kSizeClasses; ++number) {
-      for (Slab *slab = lane.slabs(number), *next = nullptr; slab != nullptr; slab = next) {
-        next = slab->next;
-        if (slab->empty()) drop_slab(slab);
-      }
-    }
+    drop_empty_slabs(lane);
     if (lane.unmarked) mark(lane);
   });
   for (const auto& pool : released_) {
     if (!pool->all && captures_.empty()) pool->all = Mark::everything(*device_);
+  }
+}
+
+void Heap::drop_empty_slabs(Lane& lane) {
+  for (size_t number = 0; lane.small && number < kSizeClasses; ++number) {
+    for (Slab *slab = lane.slabs(number), *next = nullptr; slab != nullptr; slab = next) {
+      next = slab->next;
+      if (slab->empty()) drop_slab(slab);
+    }
   }
 }
 
@@ -78,7 +82,9 @@ bool Heap::comes_free() {
   const Guard guard(mutex_);
   settle();
   bool any = false;
-  for_each_idle_extent([&](Span*, Piece, const Lane& lane, bool ready) { any |= !ready && !lane.unmarked; });
+  for_each_idle_extent([&](Span*, Piece, const Lane& lane, bool ready) {
+    any |= !ready && !lane.unmarked && (!lane.pool.released || lane.pool.all);
+  });
   return any;
 }
 
@@ -90,6 +96,7 @@ void Heap::trim(size_t bytes, size_t most, bool kept, std::vector<Leaving>& out)
   };
   const Guard guard(mutex_);
   if (keep_ && !kept && released_.empty()) return;
+  drop_pools();  // not those whose last extents leave now: the driver may refuse, and then they stay
   settle();
   std::vector<Going> going;
   for_each_idle_extent([&](Span* span, Piece piece, Lane& lane, bool ready) {
@@ -106,7 +113,6 @@ void Heap::trim(size_t bytes, size_t most, bool kept, std::vector<Leaving>& out)
     out.push_back({{{range_.get(), one.piece}}, reinterpret_cast<uint64_t>(one.lane)});
     drop_extent(one.span, one.piece);
   }
-  drop_pools();
 }
 
 void Heap::drop_extent(Span* span, Piece piece) {
@@ -149,7 +155,7 @@ void Heap::set_absent(Span* span) {
 void Heap::stay(const Leaving& leaving) {
   const Guard guard(mutex_);
   const Piece piece = leaving.places.front().piece;
-  add_extents(*reinterpret_cast<Lane*>(leaving.token), piece, {piece});
+  add_extents(*reinterpret_cast<Lane*>(leaving.token), piece, {piece}, 0);
 }
 
 void Heap::retire() {

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 import torch_elastic_mem as tem
-from tests.rungs import FakeRung, MiB, Rung
-from torch_elastic_mem import _C
-
-G = 2 * MiB
-
-
-class Home:
-    def __init__(self, rung: Rung, capacity: int = 32 * G) -> None:
-        self.arena = rung.arena(capacity)
-        self.account = self.arena.account("training")
-        self.heap = _C.Allocator(self.account._core, "training")
-
-
-@pytest.fixture
-def home(rung: Rung) -> Iterator[Home]:
-    made = Home(rung)
-    yield made
-    made.heap.close()
-    made.arena.collect()
-    made.account.close()
-    made.arena.close()
+from tests.alloc.home import Home
+from tests.alloc.mirror import G
+from tests.rungs import FakeRung, Rung
 
 
 def test_extents_in_the_middle_go_back_while_neighbours_live(home: Home, rung: Rung) -> None:
