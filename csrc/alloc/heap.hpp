@@ -96,6 +96,12 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
     Stream stream;
     std::deque<std::pair<std::unique_ptr<Mark>, Parked*>> marks;
   };
+  /// Of an idle extent.
+  enum class Fence {
+    kPassed,
+    kPending,
+    kUnmarked  // a mark has yet to be made: nobody knows when, so nobody waits for it
+  };
   struct Capture {
     PoolId pool;
     std::function<bool(Stream)> filter;
@@ -145,7 +151,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   void settle();
   void drop_empty_slabs(Lane& lane);
   bool comes_free();
-  bool can_go(const Pool& pool);
+  Fence fence_of(const MappedExtent& extent);
   template <class Visit>
   void for_each_idle_extent(Visit visit);
   void drop_extent(Span* span, Piece piece);

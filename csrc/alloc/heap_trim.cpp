@@ -33,20 +33,22 @@ void Heap::drop_empty_slabs(Lane& lane) {
   }
 }
 
-bool Heap::can_go(const Pool& pool) {
-  return !stays(pool) && (!pool.released || (pool.all && pool.all->passed()));
+Heap::Fence Heap::fence_of(const MappedExtent& extent) {
+  Lane& lane = *extent.lane;
+  const Pool& pool = lane.pool;
+  if (extent.stamp >= lane.stamp() || (pool.released && !pool.all)) return Fence::kUnmarked;
+  const bool passed = (!pool.released || pool.all->passed()) && lane.passed(extent.stamp);
+  return passed ? Fence::kPassed : Fence::kPending;
 }
 
-/// Visits idle extents as (span, piece, lane, whether its fence has passed).
+/// Visits idle extents as (span, piece, lane, fence).
 template <class Visit>
 void Heap::for_each_idle_extent(Visit visit) {
   for_each_lane([&](Lane& lane) {
     if (stays(lane.pool)) return;
-    const bool open = can_go(lane.pool);
     lane.for_each_free([&](Span* span) {
-      extents_.within(span->offset, span->end(), [&](const MappedExtent& extent) {
-        visit(span, extent.piece, lane, open && lane.passed(extent.stamp));
-      });
+      extents_.within(span->offset, span->end(),
+                      [&](const MappedExtent& extent) { visit(span, extent.piece, lane, fence_of(extent)); });
     });
   });
 }
@@ -55,8 +57,9 @@ Idle Heap::idle() {
   const Guard guard(mutex_);
   settle();
   Idle idle;
-  for_each_idle_extent([&](Span*, Piece piece, const Lane& lane, bool ready) {
-    (ready ? idle.ready : idle.pending) += piece.bytes;
+  for_each_idle_extent([&](Span*, Piece piece, const Lane& lane, Fence fence) {
+    if (fence == Fence::kUnmarked) return;
+    (fence == Fence::kPassed ? idle.ready : idle.pending) += piece.bytes;
     if (!lane.pool.released) idle.kept += piece.bytes;
   });
   if (!keep_) {
@@ -72,7 +75,7 @@ bool Heap::waiting() {
   if (!keep_) return extents_.mapped() != 0;
   bool any = false;
   if (!released_.empty()) {
-    for_each_idle_extent([&](Span*, Piece, const Lane& lane, bool) { any |= lane.pool.released; });
+    for_each_idle_extent([&](Span*, Piece, const Lane& lane, Fence) { any |= lane.pool.released; });
   }
   return any;
 }
@@ -82,9 +85,7 @@ bool Heap::comes_free() {
   const Guard guard(mutex_);
   settle();
   bool any = false;
-  for_each_idle_extent([&](Span*, Piece, const Lane& lane, bool ready) {
-    any |= !ready && !lane.unmarked && (!lane.pool.released || lane.pool.all);
-  });
+  for_each_idle_extent([&](Span*, Piece, Lane&, Fence fence) { any |= fence == Fence::kPending; });
   return any;
 }
 
@@ -99,8 +100,9 @@ void Heap::trim(size_t bytes, size_t most, bool kept, std::vector<Leaving>& out)
   drop_pools();  // not those whose last extents leave now: the driver may refuse, and then they stay
   settle();
   std::vector<Going> going;
-  for_each_idle_extent([&](Span* span, Piece piece, Lane& lane, bool ready) {
-    if (ready && (kept || !keep_ || lane.pool.released)) going.push_back({span, piece, &lane});
+  for_each_idle_extent([&](Span* span, Piece piece, Lane& lane, Fence fence) {
+    if (fence == Fence::kPassed && (kept || !keep_ || lane.pool.released))
+      going.push_back({span, piece, &lane});
   });
   // From the top down: allocation fills from the bottom up. So cut, a span's lower part stays what it was.
   std::sort(going.begin(), going.end(),
