@@ -144,3 +144,18 @@ def test_empty_cache_does_not_wait_for_a_released_pool_while_somebody_captures(
         home.heap.empty_cache()
         assert home.account.held == G
     assert comes_true(lambda: home.account.held == 0)
+
+
+def test_nobody_waits_for_a_mark_that_cannot_be_made_before_a_capture_ends(home: Home, rung: FakeRung) -> None:
+    def pending() -> int:
+        (account,) = home.arena._core.state()["accounts"]
+        return int(account["pending"])
+
+    mine = rung.stream()
+    with home.pool(POOL, rung.stream().handle):
+        home.heap.free(home.heap.allocate(G, mine.handle))
+        assert pending() == 0
+    mine.submit()
+    assert pending() == G
+    mine.complete()
+    home.heap.release_pool(POOL)

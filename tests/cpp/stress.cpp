@@ -31,7 +31,7 @@ constexpr double kPatience = 0.002;  // seconds
 class Streams {
  public:
   explicit Streams(const std::string& library) {
-    if (!library.empty()) driver_ = dlopen(library.c_str(), RTLD_NOW);
+    if (!library.empty()) enter(library);
     for (Stream& stream : streams_) stream = create();
   }
   ~Streams() {
@@ -51,14 +51,22 @@ class Streams {
   }
 
  private:
+  /// A stream is of the current context, which the backend leaves as it was.
+  void enter(const std::string& library) {
+    driver_ = dlopen(library.c_str(), RTLD_NOW);
+    void* context = nullptr;
+    CHECK_EQ(reinterpret_cast<int (*)(void**, int)>(dlsym(driver_, "cuDevicePrimaryCtxRetain"))(&context, 0),
+             0);
+    CHECK_EQ(reinterpret_cast<int (*)(void*)>(dlsym(driver_, "cuCtxSetCurrent"))(context), 0);
+  }
   Stream create() {
     if (driver_ == nullptr) return host_stream_create();
     void* stream = nullptr;
-    reinterpret_cast<int (*)(void**, unsigned)>(dlsym(driver_, "cuStreamCreate"))(&stream, 1);
+    CHECK_EQ(reinterpret_cast<int (*)(void**, unsigned)>(dlsym(driver_, "cuStreamCreate"))(&stream, 1), 0);
     return reinterpret_cast<Stream>(stream);
   }
   void call(const char* name, Stream stream) {
-    reinterpret_cast<int (*)(void*)>(dlsym(driver_, name))(reinterpret_cast<void*>(stream));
+    CHECK_EQ(reinterpret_cast<int (*)(void*)>(dlsym(driver_, name))(reinterpret_cast<void*>(stream)), 0);
   }
 
   void* driver_ = nullptr;
@@ -178,6 +186,99 @@ void use_malloc(Heap& allocator, Streams& streams, unsigned seed) {
   while (!mine.empty()) drop(mine.size() - 1);
 }
 
+/// Captures as a framework makes them: what the default stream allocates comes from a pool, which is put back
+/// as it was, and released while others are at work.
+void use_private_pools(Heap& allocator, Streams& streams, unsigned seed) {
+  Random random(seed);
+  for (uint64_t round = 1; round <= kRounds / 10; ++round) {
+    const PoolId pool{seed, round};
+    std::vector<void*> mine;
+    const auto add = [&](size_t most) {
+      tolerates_want([&] { mine.push_back(allocator.allocate(1 + below(random, most), 0)); });
+    };
+    allocator.begin_pool(pool, [](Stream stream) { return stream == 0; });
+    for (const size_t most : {kKiB, 32 * kKiB, kMiB, 3 * kMiB}) add(most);
+    const std::vector<PlacedBlock> checkpoint = allocator.live_in(pool);
+    CHECK_EQ(checkpoint.size(), mine.size());
+    add(2 * kMiB);
+    if (!mine.empty()) allocator.free(mine.front());
+    allocator.end_pool(pool);
+    const size_t live = mine.empty() ? 0 : mine.size() - 1;
+    CHECK_EQ(allocator.restore(pool, checkpoint).size(), live);
+    CHECK_EQ(allocator.live_in(pool).size(), checkpoint.size());
+    CHECK_EQ(allocator.pool_uses(pool), 1);
+    if (round % 2 == 0) allocator.release_pool(pool);
+    for (const PlacedBlock& block : checkpoint) {
+      void* const at = reinterpret_cast<void*>(block.address);
+      if (round % 3 == 0) allocator.record_stream(at, streams.at(round));
+      allocator.free(at);
+    }
+    if (round % 2 != 0) allocator.release_pool(pool);
+  }
+}
+
+/// What is live and mapped by a malloc's events.
+class Watcher final : public MallocObserver {
+ public:
+  void on(const MallocEvent& event) noexcept override {
+    const auto bytes = static_cast<int64_t>(event.bytes);
+    switch (event.action) {
+      case MallocEvent::Action::kAllocate:
+        ++live_;
+        ++allocated_;
+        break;
+      case MallocEvent::Action::kFree:
+        --live_;
+        break;
+      case MallocEvent::Action::kFreed:
+        break;
+      case MallocEvent::Action::kMap:
+        mapped_ += bytes;
+        break;
+      case MallocEvent::Action::kUnmap:
+        mapped_ -= bytes;
+        break;
+    }
+  }
+  int64_t live() const { return live_; }
+  int64_t allocated() const { return allocated_; }
+  int64_t mapped() const { return mapped_; }
+
+ private:
+  // Guarded by the malloc's lock, and read when all threads have ended.
+  int64_t live_ = 0;
+  int64_t allocated_ = 0;
+  int64_t mapped_ = 0;
+};
+
+void read_and_empty(Heap& allocator, Streams& streams) {
+  for (int round = 0; round < kRounds / 30; ++round) {
+    size_t end = 0;
+    for (const SegmentView& segment : allocator.segments({})) {
+      CHECK(segment.address >= end);
+      end = segment.address;
+      for (const BlockView& block : segment.blocks) {
+        CHECK_EQ(block.address, end);
+        end += block.bytes;
+      }
+      CHECK_EQ(end, segment.address + segment.bytes);
+    }
+    const MallocStats stats = allocator.stats();
+    CHECK(stats.allocated_bytes.all.current <= stats.active_bytes.all.current);
+    CHECK(stats.active_bytes.all.current <= stats.reserved_bytes.all.current);
+    allocator.largest_free(streams.at(static_cast<size_t>(round)));
+    allocator.block_at(&allocator);
+    allocator.set_limit(round % 4 == 0 ? 32 * kMiB : kUnlimited);
+    if (round % 8 == 0) allocator.reset_peak();
+    if (round % 5 == 0) {
+      allocator.empty_cache();
+    } else {
+      allocator.wait_for_streams();
+    }
+  }
+  allocator.set_limit(kUnlimited);
+}
+
 void turn_knobs(Arena& arena, AccountId account, Streams& streams, const std::atomic<bool>& over) {
   for (unsigned round = 0; !over; ++round) {
     streams.submit(round);
@@ -220,6 +321,8 @@ void run(const std::shared_ptr<Backend>& backend, const std::string& library) {
       const auto small = Heap::make(arena, training, "training");
       arena->add_reclaimer(idle, Rung::kEvict, [&](size_t, Deadline) { arena->trim(idle); });
 
+      Watcher watcher;
+      small->observe(&watcher);
       std::atomic<bool> over{false};
       std::atomic<int> failed{0};
       std::vector<std::thread> threads;
@@ -240,6 +343,8 @@ void run(const std::shared_ptr<Backend>& backend, const std::string& library) {
       start([&] { use_pool(pooled, streams, 5, true); });
       start([&] { use_malloc(*small, streams, 6); });
       start([&] { use_malloc(*small, streams, 7); });
+      start([&] { use_private_pools(*small, streams, 8); });
+      start([&] { read_and_empty(*small, streams); });
       std::thread knobs([&] {
         try {
           turn_knobs(*arena, training, streams, over);
@@ -253,6 +358,10 @@ void run(const std::shared_ptr<Backend>& backend, const std::string& library) {
       knobs.join();
       CHECK_EQ(failed.load(), 0);
       CHECK_EQ(small->live_bytes(), 0U);
+      small->observe(nullptr);
+      CHECK_EQ(watcher.live(), 0);
+      CHECK(watcher.allocated() > 4 * kRounds / 10);
+      CHECK_EQ(watcher.mapped(), small->stats().reserved_bytes.all.current);
       CHECK_EQ(blocks.range->held_blocks() + kept.range->held_blocks() + pooled.range->held_blocks(), 0U);
       CHECK_EQ(pooled.pool.live_blocks(), 0U);
 
