@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import ast
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.programs import decorated, program, reports
 from tests.rungs import Rung
 
 pytestmark = [pytest.mark.rungs("cuda"), pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-CHECKS = Path(__file__).with_name("torch_cuda_checks.py")
+PACKAGE = "tests.alloc.torch_cuda_checks"
+CHECKS = Path(__file__).with_name("torch_cuda_checks")
 
 IMPORTS = """
 import threading
@@ -58,26 +55,14 @@ ENDS = {
 }
 
 
-def checks() -> list[tuple[str, str]]:
-    """Group and name of each check, without importing torch."""
-    found = []
-    for node in ast.parse(CHECKS.read_text()).body:
-        if isinstance(node, ast.FunctionDef):
-            for each in node.decorator_list:
-                if isinstance(each, ast.Call) and ast.unparse(each.func) == "group":
-                    found.append((ast.literal_eval(each.args[0]), node.name))
-    return found
-
-
-def program(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], input=given, capture_output=True, text=True, cwd=ROOT, timeout=540
-    )
+CHECKED = [
+    (file.stem, check) for file in sorted(CHECKS.glob("[!_]*.py")) for check in decorated(file, "check")
+]
 
 
 @pytest.fixture(scope="module")
 def native() -> str:
-    done = program(str(CHECKS), "native")
+    done = program("-m", PACKAGE, "native")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -88,14 +73,13 @@ def outcomes(native: str) -> dict[str, dict[str, str]]:
     return {"native": {"": native}}
 
 
-@pytest.mark.parametrize(("group", "check"), checks())
+@pytest.mark.parametrize(("group", "check"), CHECKED)
 def test_torch_over_an_account(
     rung: Rung, outcomes: dict[str, dict[str, str]], group: str, check: str
 ) -> None:
     if group not in outcomes:
-        done = program(str(CHECKS), group, given=outcomes["native"][""])
-        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"check"')]
-        outcomes[group] = {line["check"]: line["failure"] for line in lines}
+        done = program("-m", PACKAGE, group, given=outcomes["native"][""])
+        outcomes[group] = {name: str(line["failure"]) for name, line in reports(done, "check").items()}
         outcomes[group]["the end of the process"] = f"rc {done.returncode}\n{done.stderr}"
     ended = outcomes[group]["the end of the process"]
     failure = outcomes[group].get(check, f"the process ended before it: {ended}")
