@@ -84,6 +84,12 @@ CudaAllocator::CudaAllocator(MallocDirectory& directory)
       born_in_(::getpid()),
       enabled_(c10::utils::check_env("PYTORCH_NO_CUDA_MEMORY_CACHING") != true) {}
 
+void CudaAllocator::init(int device_count) {
+  device_count_ = std::max(device_count_.load(), device_count);
+  // torch.accelerator looks here, where changing the current allocator leaves torch's own.
+  c10::SetAllocator(c10::kCUDA, this);
+}
+
 c10::DataPtr CudaAllocator::allocate(size_t bytes) {
   TORCH_CHECK_WITH(OutOfMemoryError, bytes < kExbibyte,
                    "CUDA out of memory. Tried to allocate more than 1EB memory.");

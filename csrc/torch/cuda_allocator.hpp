@@ -60,7 +60,7 @@ class CudaAllocator final : public caching::CUDAAllocator {
   caching::ShareableHandle shareIpcHandle(void* block) override;
   std::shared_ptr<void> getIpcDevPtr(std::string handle) override;
 
-  void init(int device_count) override { device_count_ = std::max(device_count_.load(), device_count); }
+  void init(int device_count) override;
   bool initialized() override { return device_count_ > 0; }
   void enable(bool value) override { enabled_ = value; }
   bool isEnabled() const override { return enabled_; }

@@ -91,10 +91,11 @@ int Pools::uses(c10::DeviceIndex device, PoolId id) {
 Pools::Source Pools::claiming(c10::DeviceIndex device, cudaStream_t stream) {
   if (!any_routes_.load(std::memory_order_acquire)) return {};
   const std::lock_guard guard(mutex_);
-  for (const Route& route : routes_) {
-    if (route.key.first == device && route.filter(stream)) return route.source;
-  }
-  return {};
+  // The innermost of nested ones, as in a malloc.
+  const auto found = std::find_if(routes_.rbegin(), routes_.rend(), [&](const Route& route) {
+    return route.key.first == device && route.filter(stream);
+  });
+  return found == routes_.rend() ? Source{} : found->source;
 }
 
 std::vector<std::shared_ptr<ProviderPool>> Pools::providers() {
