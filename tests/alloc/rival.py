@@ -50,7 +50,7 @@ class Rival:
         torch.cuda.empty_cache()
 
     def must_take(self) -> None:
-        """Leaves this thread's account with all memory, and nothing in it: there a burst finds what it needs."""
+        """Leaves this thread's account with all memory and nothing in it, so that a burst takes of that."""
         cached = []
         with self._turn, suppress(torch.OutOfMemoryError):
             while True:
