@@ -35,7 +35,7 @@ def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
 
 
 def end(
-    started: subprocess.Popen[str], given: str = "", timeout: float = 240
+    started: subprocess.Popen[str], given: str = "", timeout: float = 180
 ) -> subprocess.CompletedProcess[str]:
     """What a program said. One that takes too long is stopped, and says what it did until then."""
     try:
@@ -47,7 +47,7 @@ def end(
     return subprocess.CompletedProcess(started.args, started.returncode, out, err)
 
 
-def program(*arguments: str, given: str = "", timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def program(*arguments: str, given: str = "", timeout: float = 180) -> subprocess.CompletedProcess[str]:
     return end(start(*arguments), given, timeout)
 
 

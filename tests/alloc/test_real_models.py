@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,20 +24,18 @@ Line = dict[str, object]
 class Runs:
     """The three programs, which run at once."""
 
-    def __init__(self, folder: Path) -> None:
-        self.started: dict[str, subprocess.Popen[str]] = {}
+    def __init__(self, folder: Path, workers: ThreadPoolExecutor) -> None:
+        self.ended: dict[str, Future[subprocess.CompletedProcess[str]]] = {}
         for mode in MODES:
             # Compiled kernels are shared by none: each process chooses and builds its own.
             cache = str(folder / mode)
-            self.started[mode] = start(
-                "-m", MODULE, mode, TORCHINDUCTOR_CACHE_DIR=cache, TRITON_CACHE_DIR=cache + "-triton"
+            started = start(
+                *("-m", MODULE, mode), TORCHINDUCTOR_CACHE_DIR=cache, TRITON_CACHE_DIR=cache + "-triton"
             )
-        self.done: dict[str, subprocess.CompletedProcess[str]] = {}
+            self.ended[mode] = workers.submit(end, started)
 
     def line(self, mode: str, workload: str) -> Line:
-        if mode not in self.done:
-            self.done[mode] = end(self.started[mode])
-        done = self.done[mode]
+        done = self.ended[mode].result()
         line = reports(done, "workload").get(workload)
         assert line, f"{mode} ended with {done.returncode} before {workload}: {done.stderr[-5000:]}"
         if "missing" in line:
@@ -47,12 +46,8 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    made = Runs(tmp_path_factory.mktemp("compiled"))
-    yield made
-    for started in made.started.values():
-        if started.poll() is None:
-            started.kill()
-            started.communicate()
+    with ThreadPoolExecutor(len(MODES)) as workers:
+        yield Runs(tmp_path_factory.mktemp("compiled"), workers)
 
 
 def same(runs: Runs, mode: str, workload: str) -> None:
@@ -81,8 +76,6 @@ def test_serving_did_take_memory(rung: Rung, runs: Runs) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_programs_end_well(rung: Rung, runs: Runs, mode: str) -> None:
-    if mode not in runs.done:
-        runs.done[mode] = end(runs.started[mode])
-    done = runs.done[mode]
+    done = runs.ended[mode].result()
     assert done.returncode == 0, done.stderr[-5000:]
     assert "torch_elastic_mem: " not in done.stderr, done.stderr

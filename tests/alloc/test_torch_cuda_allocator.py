@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -60,31 +62,32 @@ CHECKED = [
 ]
 
 
+def outcome(group: str, native: str) -> dict[str, str]:
+    """What each check of a group said, and the end of its process."""
+    done = program("-m", PACKAGE, group, given=native, timeout=120)
+    said = {name: str(line["failure"]) for name, line in reports(done, "check").items()}
+    return {**said, "": f"rc {done.returncode}\n{done.stderr}"}
+
+
 @pytest.fixture(scope="module")
-def native() -> str:
-    done = program("-m", PACKAGE, "native")
+def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[dict[str, str]]]]:
+    """The groups that are wanted, some of which run at once: most of their time is the start of torch."""
+    done = program("-m", PACKAGE, "native", timeout=120)
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def outcomes(native: str) -> dict[str, dict[str, str]]:
-    """What each group's process printed; filled as groups are asked for."""
-    return {"native": {"": native}}
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    groups = {call.params["group"] for call in calls if call and "group" in call.params}
+    with ThreadPoolExecutor(4) as workers:
+        yield {group: workers.submit(outcome, group, done.stdout) for group in sorted(groups)}
 
 
 @pytest.mark.parametrize(("group", "check"), CHECKED)
 def test_torch_over_an_account(
-    rung: Rung, outcomes: dict[str, dict[str, str]], group: str, check: str
+    rung: Rung, outcomes: dict[str, Future[dict[str, str]]], group: str, check: str
 ) -> None:
-    if group not in outcomes:
-        done = program("-m", PACKAGE, group, given=outcomes["native"][""])
-        outcomes[group] = {name: str(line["failure"]) for name, line in reports(done, "check").items()}
-        outcomes[group]["the end of the process"] = f"rc {done.returncode}\n{done.stderr}"
-    ended = outcomes[group]["the end of the process"]
-    failure = outcomes[group].get(check, f"the process ended before it: {ended}")
-    assert not failure, f"{failure}\n{ended}"
-    assert ended.startswith("rc 0\n"), ended
+    said = outcomes[group].result()
+    failure = said.get(check, "the process ended before it")
+    assert not failure, f"{failure}\n{said['']}"
+    assert said[""].startswith("rc 0\n"), said[""]
 
 
 @pytest.mark.parametrize("end", ENDS)
