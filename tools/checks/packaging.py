@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from checks.shell import BUILD, PYTHON, ROOT, Skipped, run
@@ -32,7 +34,23 @@ with tem.Arena("host", capacity="256MiB") as arena, arena.account("tenant") as a
     assert account.held >= held.nbytes, (account.held, held.nbytes)
     assert float(held.sum()) == held.numel()
     del held
+from torch_elastic_mem import _C, _torch_cuda
+made = _torch_cuda.make_allocator(_C.malloc_directory())
+torch.cuda.memory.change_current_allocator(torch.cuda.memory._CUDAAllocator(made))
+assert torch.cuda.memory.get_allocator_backend() == "torch_elastic_mem"
 print(torch.__version__)
+"""
+TWO_LINES = """
+import torch, torch_elastic_mem as tem
+torch.cuda.memory.change_current_allocator(tem.torch_allocator("cuda", priority="training"))
+assert torch.cuda.memory.get_allocator_backend() == "torch_elastic_mem"
+"""
+INCLUDES = """
+import nvidia, pybind11, sysconfig
+from pathlib import Path
+print(pybind11.get_include(), sysconfig.get_path("include"), sep="\\n")
+found = (file for place in nvidia.__path__ for file in Path(place).glob("*/include/crt/host_defines.h"))
+print(*{file.parents[1] for file in found})
 """
 
 
@@ -53,11 +71,40 @@ def pythons() -> str:
 
 
 def wheel_cuda() -> str:
-    """The torch extension compiles against a CUDA torch without nvcc, and works without a GPU."""
+    """Both extensions compile against a CUDA torch without nvcc, and are taken by it without a GPU."""
     python = environment("wheel-cuda", PYTHON)
     pip_install(python, "-r", ROOT / "requirements" / "torch-cuda.txt", *BUILD_TOOLS)
     pip_install(python, "--no-build-isolation", source_archive())
-    return f"CPU allocator of torch {run(python, '-P', '-c', ALLOCATES).strip()}"
+    newest = run(python, "-P", "-c", ALLOCATES).strip()
+    run(python, "-P", "-c", TWO_LINES)
+    return f"allocators of torch {newest}; sources compile for {compile_for_oldest(python)}"
+
+
+def compile_for_oldest(python: Path) -> str:
+    """Reads the sources of both extensions with the headers of the oldest torch; the wheel's version.
+
+    Its libraries, several GB with what they need, stay away, so nothing is linked.
+    """
+    folder = BUILD / "oldest-torch"
+    requirement = ROOT / "requirements" / "torch-oldest.txt"
+    shutil.rmtree(folder, ignore_errors=True)
+    run(python, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "-r", requirement)
+    (wheel,) = folder.glob("torch-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder, [name for name in archive.namelist() if name.startswith("torch/include/")])
+    wheel.unlink()
+    headers = folder / "torch" / "include"
+    includes = [headers, headers / "torch" / "csrc" / "api" / "include"]
+    includes += [Path(place) for place in run(python, "-P", "-c", INCLUDES).split()]
+    version = wheel.name.split("-")[1]
+    flags = ("-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", f'-DTEM_TORCH_VERSION="{version}"')
+
+    def compile_one(source: Path) -> None:
+        run("g++", *flags, "-Icsrc", *(flag for each in includes for flag in ("-isystem", str(each))), source)
+
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        list(workers.map(compile_one, sorted((ROOT / "csrc" / "torch").glob("*.cpp"))))
+    return version
 
 
 def interpreter(version: str) -> str | None:
