@@ -24,6 +24,7 @@
 #include "alloc/extent_map.hpp"
 #include "alloc/lane.hpp"
 #include "alloc/malloc.hpp"
+#include "alloc/shared_runs.hpp"
 #include "arena/arena.hpp"
 #include "core/short_lock.hpp"
 
@@ -63,6 +64,20 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   void set_no_split(PoolId pool) override;
   std::vector<PlacedBlock> live_in(PoolId pool) override;
   std::vector<Address> restore(PoolId pool, const std::vector<PlacedBlock>& checkpoint) override;
+
+  /// The run of extents under a block, as another process maps it.
+  struct Share {
+    ShareToken token{};
+    std::vector<size_t> extents;  // their sizes; they lie side by side
+    size_t offset = 0;            // where the block starts in the run
+  };
+  /// Lets the run be exported until the block is freed. `fresh` becomes its token if it has none yet.
+  Share share(const void* block, const ShareToken& fresh);
+  /// Descriptors of up to `most` extents of a run, from the one numbered `first`. Error{kClosed} if no block
+  /// that was shared on it lives.
+  std::vector<Fd> export_fds(const ShareToken& token, size_t first, size_t most);
+  /// Of the device that the heap's memory is on.
+  const std::shared_ptr<Device>& device() const { return device_; }
 
   size_t live_bytes();
   size_t live_blocks();
@@ -187,6 +202,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   std::map<const Parked*, std::unique_ptr<Parked>> parked_;
   std::deque<Queue> queues_;  // marks of parked blocks, by stream
   size_t unmarked_ = 0;       // parked blocks with streams that could not be marked
+  SharedRuns shared_runs_;
   MallocStats stats_;
   MallocObserver* observer_ = nullptr;
   size_t limit_ = SIZE_MAX;

@@ -131,6 +131,9 @@ class Arena : public std::enable_shared_from_this<Arena> {
   /// Maps extents at `places` under the grant, for a tenant; the rest of the grant is given back.
   void map(const Lock&, Grant& grant, const std::vector<Place>& places, WriterId writer, Stream stream);
 
+  /// A descriptor of a mapped extent, for another process.
+  Fd export_fd(const Lock&, const Place& place) const { return mapper_.export_fd(place); }
+
   // Giving back.
   WriterId attach(std::shared_ptr<Tenant> tenant, AccountId account);
   /// Lets a tenant go whose extents are all idle. The arena keeps it until the last fence has passed.
