@@ -76,6 +76,8 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   /// Descriptors of up to `most` extents of a run, from the one numbered `first`. Error{kClosed} if no block
   /// that was shared on it lives.
   std::vector<Fd> export_fds(const ShareToken& token, size_t first, size_t most);
+  /// As Arena::allow_peer.
+  bool allow_peer(int ordinal) { return arena()->allow_peer(ordinal); }
   /// Of the device that the heap's memory is on.
   const std::shared_ptr<Device>& device() const { return device_; }
 
@@ -88,6 +90,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   void retire();
 
   std::string name() const override { return name_; }
+  std::vector<Range*> ranges() override { return {range_.get()}; }
   Idle idle() override;
   bool waiting() override;
   void trim(size_t bytes, size_t most, bool kept, std::vector<Leaving>& out) override;

@@ -178,6 +178,8 @@ class MallocDirectory {
   /// holds the same handle open has the same addresses. What was submitted on the device before the last
   /// owner's end may still touch it.
   virtual std::shared_ptr<void> open_shared(int device, const std::string& handle) = 0;
+  /// Lets device `peer` reach what accounts have on `device`, and what was opened there, now and later.
+  virtual void allow_peer(int device, int peer) = 0;
 };
 
 }  // namespace tem

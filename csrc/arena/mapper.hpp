@@ -35,6 +35,9 @@ class Mapper {
     return device_.backend->export_fd(place.range->mappings_.at(place.piece.offset).handle());
   }
 
+  /// Opens all that is mapped in a range to the device and its peers, anew.
+  void allow(const Range& range);
+
   /// Releases spares beyond `keep` bytes. A refusing driver leaves the rest spare and throws.
   void shrink_spare(size_t keep) { spare_.shrink_to(keep); }
 

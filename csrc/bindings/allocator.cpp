@@ -198,6 +198,12 @@ void bind_allocator(py::module_& module) {
             return std::unique_ptr<SharedMemory>(new SharedMemory{ipc::open(*self.device(), handle)});
           },
           py::arg("handle"), Unlocked())
+      .def(
+          "allow_peer",
+          [](Heap& self, int ordinal) {
+            if (self.allow_peer(ordinal)) ipc::allow_again(*self.device());
+          },
+          py::arg("ordinal"), Unlocked())
       .def("live_in", &live_in, py::arg("pool"), Unlocked())
       .def("restore", &restore, py::arg("pool"), py::arg("checkpoint"), Unlocked())
       .def("close", &Heap::retire, Unlocked());
@@ -210,6 +216,9 @@ void bind_allocator(py::module_& module) {
       .def("take", &Recorder::take);
   module.def("bench_malloc", &bench_malloc, py::arg("allocator"), py::arg("bytes"), py::arg("stream"),
              py::arg("pairs"), py::arg("threads"), Unlocked());
+  module.def(
+      "allow_peer", [](int device, int peer) { malloc_directory().allow_peer(device, peer); },
+      py::arg("device"), py::arg("peer"), Unlocked());
   module.def("exchange_scope", &exchange_scope, py::arg("allocator").none(true));
   module.def("set_device_default", &set_device_default, py::arg("device"), py::arg("allocator").none(true));
   module.def("malloc_directory", [] {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "alloc/directory.hpp"
+#include "capi/peers.hpp"
 #include "capi/scope.hpp"
 #include "core/error.hpp"
 #include "ipc/client.hpp"
@@ -61,6 +62,10 @@ class CudaDirectory final : public MallocDirectory {
   std::shared_ptr<void> open_shared(int device, const std::string& handle) override {
     return ipc::open(*checked(device).device(), handle);
   }
+  void allow_peer(int device, int peer) override {
+    remember_peer(device, peer);
+    if (Heap* const heap = tem::serving(device)) tell_peers(*heap);
+  }
 
  private:
   static Heap& checked(int device) {
@@ -111,12 +116,14 @@ int host_release(void* block) {
 }  // namespace
 
 std::shared_ptr<Heap> exchange_scope(std::shared_ptr<Heap> heap) {
+  if (heap) tell_peers(*heap);
   return std::exchange(current, std::move(heap));
 }
 
 void set_device_default(int device, std::shared_ptr<Heap> heap) {
   if (device < 0 || device >= kDevices)
     throw Error(Kind::kInvalid, "device " + std::to_string(device) + " is none that a process can have");
+  if (heap) tell_peers(*heap);
   Defaults& all = defaults();
   const std::lock_guard<std::mutex> guard(all.mutex);
   all.by_device[static_cast<size_t>(device)].store(heap.get(), std::memory_order_release);
