@@ -44,8 +44,9 @@ CPP_INCLUDES = {
     "arena": {"core", "backend", "ledger"},
     "alloc": {"core", "backend", "ledger", "arena"},
     "kv": {"core", "backend", "ledger", "arena"},
-    "capi": {"core", "backend", "ledger", "arena", "alloc", "kv"},
-    "bindings": {"core", "backend", "ledger", "arena", "alloc", "kv", "capi"},
+    "ipc": {"core", "backend", "ledger", "arena", "alloc"},
+    "capi": {"core", "backend", "ledger", "arena", "alloc", "kv", "ipc"},
+    "bindings": {"core", "backend", "ledger", "arena", "alloc", "kv", "ipc", "capi"},
     "torch": {"capi/tem.h", "alloc/malloc.hpp", "core/error.hpp"},
 }
 # Headers from outside, by their first folder or whole name, and the folders that may know them.

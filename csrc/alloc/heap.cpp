@@ -140,6 +140,7 @@ void Heap::release(Spot spot) {
   stats_.allocated_bytes.sub(lane.small, static_cast<int64_t>(rounded));
   stats_.requested_bytes.sub(lane.small, static_cast<int64_t>(requested));
   tell(MallocEvent::Action::kFree, address_of(spot), requested, lane);
+  if (!shared_runs_.empty()) shared_runs_.remove(address_of(spot) - range_->base());
   if (spot.in_slab() ? span->slab->shared() : !span->others.empty()) {
     std::vector<Stream> others =
         spot.in_slab() ? span->slab->take_others(spot.block) : std::exchange(span->others, {});

@@ -24,6 +24,7 @@
 #include "alloc/extent_map.hpp"
 #include "alloc/lane.hpp"
 #include "alloc/malloc.hpp"
+#include "alloc/shared_runs.hpp"
 #include "arena/arena.hpp"
 #include "core/short_lock.hpp"
 
@@ -64,6 +65,22 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   std::vector<PlacedBlock> live_in(PoolId pool) override;
   std::vector<Address> restore(PoolId pool, const std::vector<PlacedBlock>& checkpoint) override;
 
+  /// The run of extents under a block, as another process maps it.
+  struct Share {
+    ShareToken token{};
+    std::vector<size_t> extents;  // their sizes; they lie side by side
+    size_t offset = 0;            // where the block starts in the run
+  };
+  /// Lets the run be exported until the block is freed. `fresh` becomes its token if it has none yet.
+  Share share(const void* block, const ShareToken& fresh);
+  /// Descriptors of up to `most` extents of a run, from the one numbered `first`. Error{kClosed} if no block
+  /// that was shared on it lives.
+  std::vector<Fd> export_fds(const ShareToken& token, size_t first, size_t most);
+  /// As Arena::allow_peer.
+  bool allow_peer(int ordinal) { return arena()->allow_peer(ordinal); }
+  /// Of the device that the heap's memory is on.
+  const std::shared_ptr<Device>& device() const { return device_; }
+
   size_t live_bytes();
   size_t live_blocks();
   /// A child of fork() is served by nobody: its allocations go where they went without this package.
@@ -73,6 +90,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   void retire();
 
   std::string name() const override { return name_; }
+  std::vector<Range*> ranges() override { return {range_.get()}; }
   Idle idle() override;
   bool waiting() override;
   void trim(size_t bytes, size_t most, bool kept, std::vector<Leaving>& out) override;
@@ -198,6 +216,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   std::map<const Parked*, std::unique_ptr<Parked>> parked_;
   std::deque<Queue> queues_;  // marks of parked blocks, by stream
   size_t unmarked_ = 0;       // parked blocks with streams that could not be marked
+  SharedRuns shared_runs_;
   MallocStats stats_;
   MallocObserver* observer_ = nullptr;
   size_t limit_ = SIZE_MAX;

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -156,14 +157,29 @@ class Malloc {
   virtual std::vector<Address> restore(PoolId pool, const std::vector<PlacedBlock>& checkpoint) = 0;
 };
 
-/// How another module finds an account's malloc. Thread-safe, and fast: neither takes a lock.
+/// A live block as another process may open it.
+struct SharedBlock {
+  std::string handle;  // bytes for open_shared() there
+  size_t offset = 0;   // where the block starts in what that maps
+};
+
+/// How another module finds an account's malloc. Thread-safe.
 class MallocDirectory {
  public:
   virtual ~MallocDirectory() = default;
-  /// Whose block this is; null if nobody's.
+  /// Whose block this is; null if nobody's. Takes no lock.
   virtual Malloc* owner(const void* block) noexcept = 0;
-  /// What this thread allocates from on a CUDA device; null if no account serves it.
+  /// What this thread allocates from on a CUDA device; null if no account serves it. Takes no lock.
   virtual Malloc* serving(int device) noexcept = 0;
+
+  /// Lets other processes of this user map the extents under a live block, until it is freed.
+  virtual SharedBlock share(const void* block) = 0;
+  /// Maps memory that another process shared, charged to nobody, on a device that an account serves. Who
+  /// holds the same handle open has the same addresses. What was submitted on the device before the last
+  /// owner's end may still touch it.
+  virtual std::shared_ptr<void> open_shared(int device, const std::string& handle) = 0;
+  /// Lets device `peer` reach what accounts have on `device`, and what was opened there, now and later.
+  virtual void allow_peer(int device, int peer) = 0;
 };
 
 }  // namespace tem

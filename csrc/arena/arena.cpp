@@ -227,6 +227,17 @@ void Arena::map(const Lock&, Grant& grant, const std::vector<Place>& places, Wri
   settle_spare();
 }
 
+bool Arena::allow_peer(int ordinal) {
+  const Lock held = lock();
+  if (peers_.count(ordinal) != 0) return false;
+  device_->backend->add_peer(ordinal);
+  for (const Seat& seat : seats_) {
+    for (const Range* range : seat.tenant->ranges()) mapper_.allow(*range);
+  }
+  peers_.insert(ordinal);
+  return true;
+}
+
 void Arena::give_back(AccountId id, size_t bytes) {
   ledger_.give_back(id, bytes);
   changed_.notify_all();

@@ -17,6 +17,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -131,6 +132,13 @@ class Arena : public std::enable_shared_from_this<Arena> {
   /// Maps extents at `places` under the grant, for a tenant; the rest of the grant is given back.
   void map(const Lock&, Grant& grant, const std::vector<Place>& places, WriterId writer, Stream stream);
 
+  /// A descriptor of a mapped extent, for another process.
+  Fd export_fd(const Lock&, const Place& place) const { return mapper_.export_fd(place); }
+
+  /// Lets another device of this process reach all that is mapped here, now and later. False if it could
+  /// already. Error{kDriver} if it cannot; what the error left out is tried again by the next call.
+  bool allow_peer(int ordinal);
+
   // Giving back.
   WriterId attach(std::shared_ptr<Tenant> tenant, AccountId account);
   /// Lets a tenant go whose extents are all idle. The arena keeps it until the last fence has passed.
@@ -216,6 +224,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   bool stopping_ = false;
   bool nudged_ = false;  // the worker was woken since it last looked
   std::vector<Seat> seats_;
+  std::set<int> peers_;
   WriterId next_writer_ = 1;
   std::vector<std::shared_ptr<Reclaimer>> reclaimers_;
   uint64_t next_number_ = 1;

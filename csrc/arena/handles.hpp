@@ -81,6 +81,7 @@ class Mapping {
 
   Address at() const { return at_; }
   size_t bytes() const { return extent_.bytes(); }
+  Handle handle() const { return extent_.handle(); }
   AccountId writer() const { return extent_.writer; }
   void set_writer(AccountId account) { extent_.writer = account; }
 

@@ -131,4 +131,21 @@ void Mapper::unmap(const std::vector<Place>& places) {
   }
 }
 
+void Mapper::allow(const Range& range) {
+  Address at = 0;
+  size_t bytes = 0;
+  const auto open = [&] {
+    if (bytes != 0) device_.backend->allow(at, bytes);
+  };
+  for (const auto& [offset, mapping] : range.mappings_) {
+    if (mapping.at() != at + bytes) {
+      open();
+      at = mapping.at();
+      bytes = 0;
+    }
+    bytes += mapping.bytes();
+  }
+  open();
+}
+
 }  // namespace tem

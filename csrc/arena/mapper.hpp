@@ -30,6 +30,14 @@ class Mapper {
   /// Unmaps the extents at `places` into the spares. If any call fails, all of them are mapped as before.
   void unmap(const std::vector<Place>& places);
 
+  /// A descriptor of the extent that is mapped at a place.
+  Fd export_fd(const Place& place) const {
+    return device_.backend->export_fd(place.range->mappings_.at(place.piece.offset).handle());
+  }
+
+  /// Opens all that is mapped in a range to the device and its peers, anew.
+  void allow(const Range& range);
+
   /// Releases spares beyond `keep` bytes. A refusing driver leaves the rest spare and throws.
   void shrink_spare(size_t keep) { spare_.shrink_to(keep); }
 

@@ -35,6 +35,8 @@ class Tenant {
   virtual ~Tenant() = default;
 
   virtual std::string name() const = 0;
+  /// All it owns; they never change.
+  virtual std::vector<Range*> ranges() = 0;
   virtual Idle idle() = 0;
   /// True while idle extents that are not kept wait for a fence.
   virtual bool waiting() = 0;

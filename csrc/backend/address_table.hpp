@@ -37,10 +37,12 @@ struct Budget {
 
 struct Allocation {
   size_t bytes = 0;
-  size_t offset = 0;  // where its bytes lie in the owner's backing store
-  Budget* budget = nullptr;
+  size_t offset = 0;         // where its bytes lie in the owner's backing store
+  Budget* budget = nullptr;  // null: imported, and counted where it was created
   size_t mappings = 0;
   bool released = false;
+  int file = -1;          // of an import: its pages; else they are in the owner's file
+  bool exported = false;  // another process may have it
 };
 
 class AddressTable {
@@ -61,6 +63,7 @@ class AddressTable {
   Refusal check_map(Address at, size_t bytes, size_t offset, Handle handle) const;
   void map(Address at, size_t bytes, Handle handle);
   const Allocation& allocation(Handle handle) const { return allocations_.at(handle); }
+  void set_exported(Handle handle) { allocations_.at(handle).exported = true; }
 
   /// Legal when [at, at + bytes) is made of whole neighbouring mappings.
   Refusal check_run(Address at, size_t bytes) const;

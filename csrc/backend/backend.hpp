@@ -7,6 +7,8 @@
 //  - unmap() does not wait for work on the device. The caller brings the fence.
 //  - release() of memory that is still mapped gives it back when the last mapping goes.
 //  - Memory from create() reads as zeros.
+//  - A descriptor from export_fd() keeps the memory, in flight to another process too. So do its imports:
+//    there is no way to take them back.
 // A backend refuses a call that breaks one of these with Error{kDriver}, and leaves everything as it was.
 //
 // Thread-safety: every function may be called from any thread; a backend serialises what needs it.
@@ -16,6 +18,8 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+
+#include "core/fd.hpp"
 
 namespace tem {
 
@@ -30,6 +34,7 @@ struct Capabilities {
   std::string uuid;        // "GPU-xxxxxxxx-...", the key of a device; "HOST-..." for the host backend
   int ordinal = 0;         // torch's index of the device in this process
   size_t granularity = 0;  // bytes; every size and address below is a multiple of it
+  std::string exchange;    // backends of the same exchange may import each other's memory; empty: none may
 };
 
 struct MemoryInfo {
@@ -53,9 +58,18 @@ class Backend {
   virtual Handle create(size_t bytes) = 0;
   virtual void release(Handle handle) = 0;
 
+  /// A descriptor of physical memory, for another process.
+  virtual Fd export_fd(Handle handle) = 0;
+  /// The memory behind a descriptor, to be mapped and released like one's own. Twice imported it is one
+  /// memory.
+  virtual Handle import_fd(const Fd& fd) = 0;
+
   virtual void map(Address at, size_t bytes, Handle handle) = 0;
-  /// Makes a run of whole mappings readable and writable by the device.
+  /// Makes a run of whole mappings readable and writable by the device and its peers.
   virtual void allow(Address at, size_t bytes) = 0;
+  /// Another device of this process is a peer from now on: what is allowed afterwards is its too. Refused for
+  /// one that cannot reach this device's memory.
+  virtual void add_peer(int ordinal) = 0;
   virtual void unmap(Address at, size_t bytes) = 0;
 
   /// Queues zeroing of accessible memory on `stream`; the caller orders later streams behind it.

@@ -11,6 +11,10 @@
 //  - At exit the driver shuts down before the last owner lets go. What it answers then is
 //    CUDA_ERROR_DEINITIALIZED, and everything it held is gone: giving back has succeeded.
 //  - An event may be recorded again before it has passed, so a forgotten one serves the next record.
+//  - An import leaves the descriptor to its caller, who may close it at once.
+#include <fcntl.h>
+
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <mutex>
@@ -104,6 +108,25 @@ class CudaBackend final : public Backend {
                  [&] { return "cuMemRelease(handle " + std::to_string(handle) + ")"; });
   }
 
+  Fd export_fd(Handle handle) override {
+    const Relaxed relaxed(driver_);
+    int fd = -1;
+    check(driver_.cuMemExportToShareableHandle(&fd, handle, cuda::kHandleTypePosixFd, 0),
+          [&] { return "cuMemExportToShareableHandle(handle " + std::to_string(handle) + ")"; });
+    // The driver does not say whether a child started by exec inherits it.
+    ::fcntl(fd, F_SETFD, FD_CLOEXEC);
+    return Fd(fd);
+  }
+
+  Handle import_fd(const Fd& fd) override {
+    const Relaxed relaxed(driver_);
+    cuda::AllocationHandle handle = 0;
+    auto* const number = reinterpret_cast<void*>(static_cast<uintptr_t>(fd.get()));
+    check(driver_.cuMemImportFromShareableHandle(&handle, number, cuda::kHandleTypePosixFd),
+          [&] { return "cuMemImportFromShareableHandle(descriptor " + std::to_string(fd.get()) + ")"; });
+    return handle;
+  }
+
   void map(Address at, size_t bytes, Handle handle) override {
     const Relaxed relaxed(driver_);
     check(driver_.cuMemMap(at, bytes, 0, handle, 0),
@@ -112,9 +135,28 @@ class CudaBackend final : public Backend {
 
   void allow(Address at, size_t bytes) override {
     const Relaxed relaxed(driver_);
-    const cuda::AccessDesc access{prop_.location, cuda::kAccessReadWrite};
-    check(driver_.cuMemSetAccess(at, bytes, &access, 1),
+    std::vector<cuda::AccessDesc> access;
+    {
+      const std::lock_guard<std::mutex> lock(peers_mutex_);
+      access = access_;
+    }
+    check(driver_.cuMemSetAccess(at, bytes, access.data(), access.size()),
           [&] { return "cuMemSetAccess(" + span(at, bytes) + ")"; });
+  }
+
+  void add_peer(int ordinal) override {
+    const auto call = [&] { return "access by cuda:" + std::to_string(ordinal) + " to memory"; };
+    cuda::Device peer = 0;
+    int can = 0;
+    check(driver_.cuDeviceGet(&peer, ordinal), call);
+    if (peer == device_) return;
+    check(driver_.cuDeviceCanAccessPeer(&can, peer, device_), call);
+    if (can == 0)
+      throw Error(Kind::kDriver, call() + where() + ": the two are no peers", cuda::kNotSupported);
+    const std::lock_guard<std::mutex> lock(peers_mutex_);
+    const bool known = std::any_of(access_.begin(), access_.end(),
+                                   [&](const cuda::AccessDesc& each) { return each.location.id == peer; });
+    if (!known) access_.push_back({{cuda::kLocationDevice, peer}, cuda::kAccessReadWrite});
   }
 
   void unmap(Address at, size_t bytes) override {
@@ -262,7 +304,9 @@ class CudaBackend final : public Backend {
     size_t granularity = 0;
     check(driver_.cuMemGetAllocationGranularity(&granularity, &prop_, cuda::kGranularityMinimum),
           [] { return std::string("cuMemGetAllocationGranularity()"); });
-    capabilities_ = {"cuda", name.data(), uuid_text(uuid), ordinal, granularity};
+    access_ = {{prop_.location, cuda::kAccessReadWrite}};
+    capabilities_ = {"cuda", name.data(), uuid_text(uuid), ordinal, granularity, {}};
+    if (exports) capabilities_.exchange = capabilities_.uuid;
   }
 
   int attribute(int which) const {
@@ -341,6 +385,9 @@ class CudaBackend final : public Backend {
   cuda::Context context_ = nullptr;
   cuda::AllocationProp prop_{};
   Capabilities capabilities_;
+
+  std::mutex peers_mutex_;
+  std::vector<cuda::AccessDesc> access_;  // this device's, and its peers'
 
   std::mutex events_mutex_;
   SlotTable<cuda::Event> events_;

@@ -21,6 +21,7 @@
   X(cuDeviceGetName, char*, int, Device)                                               \
   X(cuDeviceGetUuid, Uuid*, Device)                                                    \
   X(cuDeviceGetAttribute, int*, int, Device)                                           \
+  X(cuDeviceCanAccessPeer, int*, Device, Device)                                       \
   X(cuDevicePrimaryCtxRetain, Context*, Device)                                        \
   X(cuDevicePrimaryCtxRelease, Device)                                                 \
   X(cuCtxGetCurrent, Context*)                                                         \
@@ -37,6 +38,8 @@
   X(cuMemAddressFree, DevicePtr, size_t)                                               \
   X(cuMemCreate, AllocationHandle*, size_t, const AllocationProp*, unsigned long long) \
   X(cuMemRelease, AllocationHandle)                                                    \
+  X(cuMemExportToShareableHandle, void*, AllocationHandle, int, unsigned long long)    \
+  X(cuMemImportFromShareableHandle, AllocationHandle*, void*, int)                     \
   X(cuMemMap, DevicePtr, size_t, size_t, AllocationHandle, unsigned long long)         \
   X(cuMemSetAccess, DevicePtr, size_t, const AccessDesc*, size_t)                      \
   X(cuMemUnmap, DevicePtr, size_t)                                                     \

@@ -95,6 +95,7 @@ class HostBackend final : public Backend {
     capabilities_.device = machine_name();
     capabilities_.uuid = random_uuid();
     capabilities_.granularity = kGranularity;
+    capabilities_.exchange = "host";
   }
 
   const Capabilities& capabilities() const override { return capabilities_; }
@@ -128,6 +129,21 @@ class HostBackend final : public Backend {
     if (auto bad = space_.release(handle)) refuse("release(handle " + std::to_string(handle) + ")", bad);
   }
 
+  Fd export_fd(Handle handle) override {
+    Fd fd;
+    if (auto bad = space_.export_fd(handle, &fd))
+      refuse("export(handle " + std::to_string(handle) + ")", bad);
+    return fd;
+  }
+
+  Handle import_fd(const Fd& fd) override {
+    Handle handle = 0;
+    if (auto bad = space_.import_fd(fd, &handle)) {
+      refuse("import(descriptor " + std::to_string(fd.get()) + ")", bad);
+    }
+    return handle;
+  }
+
   void map(Address at, size_t bytes, Handle handle) override {
     if (auto bad = space_.map(at, bytes, 0, handle)) {
       refuse("map" + span(at, bytes) + ", handle " + std::to_string(handle) + ")", bad);
@@ -136,6 +152,11 @@ class HostBackend final : public Backend {
 
   void allow(Address at, size_t bytes) override {
     if (auto bad = space_.allow(at, bytes)) refuse("allow" + span(at, bytes) + ")", bad);
+  }
+
+  void add_peer(int ordinal) override {
+    refuse("access by device " + std::to_string(ordinal) + " to host memory",
+           {cuda::kNotSupported, "the host backend has no peers"});
   }
 
   void unmap(Address at, size_t bytes) override {

@@ -2,12 +2,14 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <limits>
+#include <string>
 
 #include "backend/cuda_abi.hpp"
 #include "core/error.hpp"
@@ -89,7 +91,11 @@ Refusal MemfdSpace::create(size_t bytes, Budget* budget, Handle* handle) {
   while (fallocate(fd_, 0, static_cast<off_t>(offset), static_cast<off_t>(bytes)) != 0) {
     if (errno != EINTR) return system_refusal("fallocate");
   }
-  *handle = table_.create(Allocation{bytes, offset, budget, 0, false});
+  Allocation made;
+  made.bytes = bytes;
+  made.offset = offset;
+  made.budget = budget;
+  *handle = table_.create(made);
   next_offset_ += bytes;
   budget->used += bytes;
   return {};
@@ -101,12 +107,48 @@ Refusal MemfdSpace::release(Handle handle) {
   return give_back(table_.release(handle));
 }
 
+Refusal MemfdSpace::export_fd(Handle handle, Fd* fd) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (auto bad = table_.check_release(handle)) return bad;
+  const Allocation& memory = table_.allocation(handle);
+  const std::string path = "/proc/self/fd/" + std::to_string(file_of(memory));
+  Fd opened(open(path.c_str(), O_RDWR | O_CLOEXEC));
+  if (!opened) return system_refusal("open");
+  if (lseek(opened.get(), static_cast<off_t>(memory.offset + memory.bytes / granularity_), SEEK_SET) < 0) {
+    return system_refusal("lseek");
+  }
+  table_.set_exported(handle);
+  *fd = std::move(opened);
+  return {};
+}
+
+Refusal MemfdSpace::import_fd(const Fd& fd, Handle* handle) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  struct stat file{};
+  const off_t position = lseek(fd.get(), 0, SEEK_CUR);
+  const size_t place = position < 0 ? 0 : static_cast<size_t>(position);
+  Allocation made;
+  made.offset = round_down(place, granularity_);
+  made.bytes = (place - made.offset) * granularity_;
+  // Only memory files have seals to ask for.
+  if (made.bytes == 0 || fcntl(fd.get(), F_GET_SEALS) < 0 || fstat(fd.get(), &file) != 0 ||
+      made.offset + made.bytes > static_cast<size_t>(file.st_size)) {
+    return {cuda::kInvalidValue, "the descriptor is of no exported memory"};
+  }
+  made.exported = true;
+  made.file = fcntl(fd.get(), F_DUPFD_CLOEXEC, 0);
+  if (made.file < 0) return system_refusal("fcntl");
+  *handle = table_.create(made);
+  return {};
+}
+
 Refusal MemfdSpace::map(Address at, size_t bytes, size_t offset, Handle handle) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (auto bad = table_.check_map(at, bytes, offset, handle)) return bad;
   table_.map(at, bytes, handle);
-  const auto place = static_cast<off_t>(table_.allocation(handle).offset);
-  if (mmap(pointer(at), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, fd_, place) == MAP_FAILED) {
+  const Allocation& memory = table_.allocation(handle);
+  if (mmap(pointer(at), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, file_of(memory),
+           static_cast<off_t>(memory.offset)) == MAP_FAILED) {
     Refusal bad = system_refusal("mmap");
     table_.unmap(at, bytes);
     return bad;
@@ -147,7 +189,12 @@ Refusal MemfdSpace::unmap(Address at, size_t bytes) {
 Refusal MemfdSpace::give_back(const std::vector<Allocation>& freed) {
   Refusal failed;
   for (const Allocation& gone : freed) {
+    if (gone.budget == nullptr) {
+      close(gone.file);
+      continue;
+    }
     gone.budget->used -= gone.bytes;
+    if (gone.exported) continue;
     if (fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(gone.offset),
                   static_cast<off_t>(gone.bytes)) != 0) {
       failed = system_refusal("fallocate");

@@ -6,7 +6,10 @@
 //  - One file for all allocations, at offsets that are never used twice. A file each would run into the
 //    limit on open files (1024 by default) at 2 GiB of 2 MiB extents.
 //  - fallocate() takes the pages: want of memory is an error there, not a SIGBUS at the first touch.
-//  - FALLOC_FL_PUNCH_HOLE gives them back, and what is allocated at a fresh offset reads as zeros.
+//  - FALLOC_FL_PUNCH_HOLE gives them back, and what is allocated at a fresh offset reads as zeros. It takes
+//    them from other processes too, so what was exported stays in the file until that goes.
+//  - A file opened anew has a position of its own, which travels with the descriptor: an exported one says by
+//    it which pages are meant.
 //
 // Thread-safety: any thread; one mutex.
 #pragma once
@@ -16,6 +19,7 @@
 
 #include "backend/address_table.hpp"
 #include "backend/backend.hpp"
+#include "core/fd.hpp"
 
 namespace tem {
 
@@ -34,6 +38,8 @@ class MemfdSpace {
   /// Counts against `budget`, which must outlive the memory. Code 2 when it or the machine has no more.
   Refusal create(size_t bytes, Budget* budget, Handle* handle);
   Refusal release(Handle handle);
+  Refusal export_fd(Handle handle, Fd* fd);
+  Refusal import_fd(const Fd& fd, Handle* handle);
   Refusal map(Address at, size_t bytes, size_t offset, Handle handle);
   /// Opens the run to reads and writes, or closes it again.
   Refusal allow(Address at, size_t bytes, bool allowed = true);
@@ -49,6 +55,7 @@ class MemfdSpace {
 
  private:
   Refusal give_back(const std::vector<Allocation>& freed);
+  int file_of(const Allocation& memory) const { return memory.file >= 0 ? memory.file : fd_; }
 
   mutable std::mutex mutex_;
   AddressTable table_;

@@ -11,6 +11,8 @@
 #include "alloc/heap.hpp"
 #include "bindings/bindings.hpp"
 #include "capi/scope.hpp"
+#include "ipc/client.hpp"
+#include "ipc/server.hpp"
 
 namespace tem {
 namespace {
@@ -92,6 +94,16 @@ double bench_malloc(Heap& heap, size_t bytes, Stream stream, size_t pairs, size_
   return std::chrono::duration<double>(Clock::now() - start).count() / static_cast<double>(pairs);
 }
 
+/// Memory of another process, open for as long as this lives.
+struct SharedMemory {
+  std::shared_ptr<void> memory;
+  void close() {
+    const NoGil unlocked;
+    memory.reset();
+  }
+  ~SharedMemory() { close(); }
+};
+
 /// Keeps what a heap tells, for whoever reads it.
 class Recorder final : public MallocObserver {
  public:
@@ -169,14 +181,44 @@ void bind_allocator(py::module_& module) {
       .def(
           "pool_uses", [](Heap& self, PoolNumbers pool) { return self.pool_uses(pool_of(pool)); },
           py::arg("pool"), Unlocked())
+      .def(
+          "share",
+          [](const std::shared_ptr<Heap>& self, Address address) {
+            SharedBlock shared;
+            {
+              const NoGil unlocked;
+              shared = ipc::share(self, reinterpret_cast<void*>(address));
+            }
+            return py::make_tuple(py::bytes(shared.handle), shared.offset);
+          },
+          py::arg("address"))
+      .def(
+          "open_shared",
+          [](Heap& self, const std::string& handle) {
+            return std::unique_ptr<SharedMemory>(new SharedMemory{ipc::open(*self.device(), handle)});
+          },
+          py::arg("handle"), Unlocked())
+      .def(
+          "allow_peer",
+          [](Heap& self, int ordinal) {
+            if (self.allow_peer(ordinal)) ipc::allow_again(*self.device());
+          },
+          py::arg("ordinal"), Unlocked())
       .def("live_in", &live_in, py::arg("pool"), Unlocked())
       .def("restore", &restore, py::arg("pool"), py::arg("checkpoint"), Unlocked())
       .def("close", &Heap::retire, Unlocked());
+  py::class_<SharedMemory>(module, "SharedMemory")
+      .def_property_readonly(
+          "address", [](const SharedMemory& self) { return reinterpret_cast<Address>(self.memory.get()); })
+      .def("close", &SharedMemory::close);
   py::class_<Recorder>(module, "MallocRecorder")
       .def(py::init<std::shared_ptr<Heap>>(), py::arg("allocator"))
       .def("take", &Recorder::take);
   module.def("bench_malloc", &bench_malloc, py::arg("allocator"), py::arg("bytes"), py::arg("stream"),
              py::arg("pairs"), py::arg("threads"), Unlocked());
+  module.def(
+      "allow_peer", [](int device, int peer) { malloc_directory().allow_peer(device, peer); },
+      py::arg("device"), py::arg("peer"), Unlocked());
   module.def("exchange_scope", &exchange_scope, py::arg("allocator").none(true));
   module.def("set_device_default", &set_device_default, py::arg("device"), py::arg("allocator").none(true));
   module.def("malloc_directory", [] {

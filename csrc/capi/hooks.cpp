@@ -9,8 +9,11 @@
 #include <vector>
 
 #include "alloc/directory.hpp"
+#include "capi/peers.hpp"
 #include "capi/scope.hpp"
 #include "core/error.hpp"
+#include "ipc/client.hpp"
+#include "ipc/server.hpp"
 
 namespace tem {
 namespace {
@@ -40,10 +43,36 @@ Heap* serving(int device) noexcept {
   return heap != nullptr && heap->serves_cuda(device) ? heap : nullptr;
 }
 
+std::string text_of(const void* pointer) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%p", pointer);
+  return text;
+}
+
 class CudaDirectory final : public MallocDirectory {
  public:
   Malloc* owner(const void* block) noexcept override { return directory().owner(block); }
   Malloc* serving(int device) noexcept override { return tem::serving(device); }
+  SharedBlock share(const void* block) override {
+    Heap* const owner = directory().owner(block);
+    if (owner == nullptr)
+      throw Error(Kind::kInvalid, text_of(block) + " is not from any account of this process");
+    return ipc::share(owner->shared_from_this(), block);
+  }
+  std::shared_ptr<void> open_shared(int device, const std::string& handle) override {
+    return ipc::open(*checked(device).device(), handle);
+  }
+  void allow_peer(int device, int peer) override {
+    remember_peer(device, peer);
+    if (Heap* const heap = tem::serving(device)) tell_peers(*heap);
+  }
+
+ private:
+  static Heap& checked(int device) {
+    if (Heap* const heap = tem::serving(device)) return *heap;
+    throw Error(Kind::kInvalid, "no account serves device " + std::to_string(device) +
+                                    "; pass it to torch_allocator() or enter account.allocations() first");
+  }
 };
 
 class OutOfMemory final : public std::bad_alloc {
@@ -87,12 +116,14 @@ int host_release(void* block) {
 }  // namespace
 
 std::shared_ptr<Heap> exchange_scope(std::shared_ptr<Heap> heap) {
+  if (heap) tell_peers(*heap);
   return std::exchange(current, std::move(heap));
 }
 
 void set_device_default(int device, std::shared_ptr<Heap> heap) {
   if (device < 0 || device >= kDevices)
     throw Error(Kind::kInvalid, "device " + std::to_string(device) + " is none that a process can have");
+  if (heap) tell_peers(*heap);
   Defaults& all = defaults();
   const std::lock_guard<std::mutex> guard(all.mutex);
   all.by_device[static_cast<size_t>(device)].store(heap.get(), std::memory_order_release);
@@ -134,9 +165,7 @@ __attribute__((visibility("default"))) void tem_cuda_free(void* block, size_t, i
   try {
     tem::Heap* owner = tem::directory().owner(block);
     if (owner == nullptr) {
-      char text[64];
-      std::snprintf(text, sizeof text, "%p is not from any account of this process", block);
-      throw tem::Error(tem::Kind::kInvalid, text);
+      throw tem::Error(tem::Kind::kInvalid, tem::text_of(block) + " is not from any account of this process");
     }
     owner->free(block);
   } catch (const std::exception& error) {

@@ -278,6 +278,12 @@ bool BlockRange::held(Block block) {
   return held_[static_cast<size_t>(block)] != 0;
 }
 
+std::vector<Range*> BlockRange::ranges() {
+  std::vector<Range*> all;
+  for (const auto& stripe : stripes_) all.push_back(stripe.get());
+  return all;
+}
+
 size_t BlockRange::resident_bytes() {
   born_.check(name_.c_str());
   const Guard guard(mutex_);

@@ -59,6 +59,7 @@ class BlockRange final : public Tenant, public std::enable_shared_from_this<Bloc
   AccountId account() const { return account_; }
 
   std::string name() const override { return name_; }
+  std::vector<Range*> ranges() override;
   Idle idle() override;
   bool waiting() override;
   void trim(size_t bytes, size_t most, bool kept, std::vector<Leaving>& out) override;

@@ -255,15 +255,25 @@ void CudaAllocator::copy_data(void* to, const void* from, std::size_t bytes) con
 
 cudaError_t CudaAllocator::memcpyAsync(void* to, int to_device, const void* from, int from_device,
                                        size_t bytes, cudaStream_t stream, bool) {
-  // Whether or not the devices are peers: our memory is mapped on its own device alone.
+  // Right whether or not the devices are peers, and as fast where they are.
   if (to_device == from_device) return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
   return cudaMemcpyPeerAsync(to, to_device, from, from_device, bytes, stream);
 }
 
+/// torch asks once a pair of devices, and reads across it from then on, even if this raises.
 void CudaAllocator::enablePeerAccess(DeviceIndex device, DeviceIndex accessed) {
-  TORCH_CHECK(device == accessed, "torch_elastic_mem: device ", static_cast<int>(device),
-              " cannot read memory of device ", static_cast<int>(accessed),
-              " directly; copy tensors that are contiguous and of one dtype, or go through the host");
+  if (device == accessed) return;
+  {
+    // What is not an account's: NCCL's buffers, other allocators' pools.
+    const c10::cuda::CUDAGuard guard(device);
+    const cudaError_t enabled = cudaDeviceEnablePeerAccess(accessed, 0);
+    if (enabled == cudaErrorPeerAccessAlreadyEnabled) {
+      (void)cudaGetLastError();
+    } else {
+      C10_CUDA_CHECK(enabled);
+    }
+  }
+  translated([&] { directory_.allow_peer(accessed, device); });
 }
 
 void CudaAllocator::check_device(DeviceIndex device) const {

@@ -13,6 +13,7 @@
 #include "conformance/host.hpp"
 #include "conformance/mapping.hpp"
 #include "conformance/order.hpp"
+#include "conformance/sharing.hpp"
 
 using namespace conformance;  // NOLINT
 
@@ -38,6 +39,7 @@ void run_properties(Rung& rung, Backend& floor) {
   Mapping(rung, floor).run();
   Order(rung, floor).run();
   Contents(rung, floor).run();
+  Sharing(rung, floor).run();
 }
 
 void run_suite(Rung& rung, Backend& floor) {

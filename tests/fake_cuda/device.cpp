@@ -108,6 +108,14 @@ FAKE_EXPORT Result cuDeviceGetAttribute(int* value, int attribute, int device) {
   return kSuccess;
 }
 
+FAKE_EXPORT Result cuDeviceCanAccessPeer(int* can, int device, int peer) {
+  FAKE_ENTER(cuDeviceCanAccessPeer, kNo);
+  if (can == nullptr) return kInvalidValue;
+  if (find_device(device) == nullptr || find_device(peer) == nullptr) return kInvalidDevice;
+  *can = device != peer && environment("FAKE_CUDA_NO_PEERS", 0) == 0 ? 1 : 0;
+  return kSuccess;
+}
+
 FAKE_EXPORT Result cuDevicePrimaryCtxRetain(Context* context, int device) {
   FAKE_ENTER(cuDevicePrimaryCtxRetain, kNo);
   FakeDevice* found = find_device(device);

@@ -7,6 +7,7 @@
 //   FAKE_CUDA_DEVICES   how many devices there are (2), read by cuInit
 //   FAKE_CUDA_MEMORY    bytes of each (1 GiB), read by cuInit
 //   FAKE_CUDA_VERSION   what cuDriverGetVersion says (13000)
+//   FAKE_CUDA_NO_PEERS  not empty: no device can reach another's memory
 //   FAKE_CUDA_NO_VMM    not empty: no device supports virtual memory management
 #pragma once
 
@@ -16,7 +17,9 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "backend/cuda_abi.hpp"
@@ -70,6 +73,8 @@ struct State {
   Result sticky = kSuccess;  // what a fault on the device leaves: every later call answers it
   std::deque<FakeDevice> devices;
   tem::MemfdSpace space{kGranularity};
+  std::set<AllocationHandle> exportable;       // handles that were asked for with a type to export
+  std::set<std::pair<DevicePtr, int>> access;  // pages, and the devices that may touch them
   tem::SlotTable<StreamState> streams;
   tem::SlotTable<EventState> events;
   std::vector<uint64_t> capturing;  // streams in a capture

@@ -47,12 +47,15 @@ FAKE_EXPORT Result cuMemCreate(AllocationHandle* handle, size_t bytes, const All
   const auto bad = call->space.create(bytes, &find_device(prop->location.id)->budget, &created);
   if (bad) return bad.code;
   *handle = created;
+  if (prop->requested_handle_types == kHandleTypePosixFd) call->exportable.insert(created);
   return kSuccess;
 }
 
 FAKE_EXPORT Result cuMemRelease(AllocationHandle handle) {
   FAKE_ENTER(cuMemRelease, kYes);
-  return call->space.release(handle).code;
+  const Result code = call->space.release(handle).code;
+  if (code == kSuccess) call->exportable.erase(handle);
+  return code;
 }
 
 FAKE_EXPORT Result cuMemMap(DevicePtr at, size_t bytes, size_t offset, AllocationHandle handle,
@@ -73,21 +76,57 @@ FAKE_EXPORT Result cuMemSetAccess(DevicePtr at, size_t bytes, const AccessDesc* 
   }
   bool open = false;
   for (size_t i = 0; i < count; ++i) open = open || access[i].flags == kAccessReadWrite;
-  return call->space.allow(at, bytes, open).code;
+  if (const auto bad = call->space.allow(at, bytes, open)) return bad.code;
+  for (DevicePtr page = at; page < at + bytes; page += kGranularity) {
+    for (size_t i = 0; i < count; ++i) {
+      const auto grant = std::make_pair(page, access[i].location.id);
+      if (access[i].flags == kAccessReadWrite) {
+        call->access.insert(grant);
+      } else {
+        call->access.erase(grant);
+      }
+    }
+  }
+  return kSuccess;
+}
+
+FAKE_EXPORT Result cuMemGetAccess(unsigned long long* flags, const MemLocation* location, DevicePtr at) {
+  FAKE_ENTER(cuMemGetAccess, kNo);
+  if (flags == nullptr || location == nullptr || location->type != kLocationDevice) return kInvalidValue;
+  if (find_device(location->id) == nullptr) return kInvalidDevice;
+  const DevicePtr page = at / kGranularity * kGranularity;
+  const bool open = call->access.count({page, location->id}) != 0;
+  *flags = static_cast<unsigned long long>(open ? kAccessReadWrite : kAccessNone);
+  return kSuccess;
 }
 
 FAKE_EXPORT Result cuMemUnmap(DevicePtr at, size_t bytes) {
   FAKE_ENTER(cuMemUnmap, kYes);
-  return call->space.unmap(at, bytes).code;
+  if (const auto bad = call->space.unmap(at, bytes)) return bad.code;
+  call->access.erase(call->access.lower_bound({at, 0}), call->access.lower_bound({at + bytes, 0}));
+  return kSuccess;
 }
 
-// Its memory is pages of one file, which cannot be handed out by the piece.
-FAKE_EXPORT Result cuMemExportToShareableHandle(void*, AllocationHandle, int, unsigned long long) {
+FAKE_EXPORT Result cuMemExportToShareableHandle(void* out, AllocationHandle handle, int type,
+                                                unsigned long long flags) {
   FAKE_ENTER(cuMemExportToShareableHandle, kYes);
-  return kNotSupported;
+  if (out == nullptr || type != kHandleTypePosixFd || flags != 0) return kInvalidValue;
+  if (call->exportable.count(handle) == 0) return kInvalidValue;
+  tem::Fd fd;
+  if (const auto bad = call->space.export_fd(handle, &fd)) return bad.code;
+  *static_cast<int*>(out) = fd.release();
+  return kSuccess;
 }
 
-FAKE_EXPORT Result cuMemImportFromShareableHandle(AllocationHandle*, void*, int) {
+FAKE_EXPORT Result cuMemImportFromShareableHandle(AllocationHandle* handle, void* from, int type) {
   FAKE_ENTER(cuMemImportFromShareableHandle, kYes);
-  return kNotSupported;
+  if (handle == nullptr || type != kHandleTypePosixFd) return kInvalidValue;
+  tem::Fd fd(static_cast<int>(number_of(from)));
+  tem::Handle imported = 0;
+  const Result code = call->space.import_fd(fd, &imported).code;
+  fd.release();  // it stays the caller's
+  if (code != kSuccess) return code;
+  *handle = imported;
+  call->exportable.insert(imported);
+  return kSuccess;
 }

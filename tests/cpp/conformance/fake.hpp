@@ -101,6 +101,7 @@ inline std::vector<std::function<void()>> life(Backend& floor) {
   struct Track {
     Address base = 0;
     Handle handle = 0;
+    Handle imported = 0;
     EventId event = 0;
   };
   const auto track = std::make_shared<Track>();
@@ -109,6 +110,8 @@ inline std::vector<std::function<void()>> life(Backend& floor) {
       [=, &floor] { track->base = floor.reserve(2 * page, 0); },
       [=, &floor] { track->handle = floor.create(2 * page); },
       [=, &floor] { floor.map(track->base, 2 * page, track->handle); },
+      [=, &floor] { track->imported = floor.import_fd(floor.export_fd(track->handle)); },
+      [=, &floor] { floor.release(track->imported); },
       [=, &floor] { floor.allow(track->base, 2 * page); },
       [=, &floor] { floor.zero(track->base, 2 * page, 0); },
       [=, &floor] { track->event = floor.record(0); },
@@ -224,10 +227,50 @@ inline void ends(CudaRung& rung) {
   });
 }
 
+inline void peers(CudaRung& rung) {
+  const auto access = [&](Address at, int device) {
+    unsigned long long flags = 0;
+    const cuda::MemLocation location{cuda::kLocationDevice, device};
+    rung.expect("cuMemGetAccess", &flags, &location, cuda::DevicePtr{at});
+    return flags == cuda::kAccessReadWrite;
+  };
+  property("fake: what is allowed once a device is a peer is that device's too, imports included", [&] {
+    const auto floor = rung.open();
+    const size_t page = floor->capabilities().granularity;
+    Pages pages(*floor, 3);
+    pages.map(0, 1);
+    floor->add_peer(1);
+    floor->add_peer(1);
+    floor->add_peer(0);
+    pages.map(1, 1);
+    const Handle own = floor->create(page);
+    const Handle imported = floor->import_fd(floor->export_fd(own));
+    floor->map(pages.at(2), page, imported);
+    floor->allow(pages.at(2), page);
+    CHECK(access(pages.at(0), 0) && !access(pages.at(0), 1));
+    floor->allow(pages.at(0), page);
+    for (const size_t at : {0U, 1U, 2U}) CHECK(access(pages.at(at), 0) && access(pages.at(at), 1));
+    floor->unmap(pages.at(2), page);
+    CHECK(!access(pages.at(2), 1));
+    floor->release(own);
+    floor->release(imported);
+  });
+  property("fake: a device that is no peer, or none at all, is refused and stays outside", [&] {
+    const Setting none("FAKE_CUDA_NO_PEERS", "1");
+    const auto floor = rung.open();
+    CHECK_REFUSED(floor->add_peer(1), cuda::kNotSupported);
+    CHECK_REFUSED(floor->add_peer(7), cuda::kInvalidDevice);
+    Pages pages(*floor, 1);
+    pages.map(0, 1);
+    CHECK(!access(pages.at(0), 1));
+  });
+}
+
 inline void fake_alone(CudaRung& rung) {
   economy(rung);
   failing_calls(rung);
   unfit_drivers(rung);
+  peers(rung);
   ends(rung);
 }
 
