@@ -146,7 +146,7 @@ def test_empty_cache_does_not_wait_for_a_released_pool_while_somebody_captures(
     assert comes_true(lambda: home.account.held == 0)
 
 
-def test_nobody_waits_for_a_mark_that_cannot_be_made_before_a_capture_ends(home: Home, rung: FakeRung) -> None:
+def test_nobody_waits_for_a_mark_that_no_capture_lets_be_made(home: Home, rung: FakeRung) -> None:
     def pending() -> int:
         (account,) = home.arena._core.state()["accounts"]
         return int(account["pending"])
