@@ -73,11 +73,7 @@ Idle Heap::idle() {
 bool Heap::waiting() {
   const Guard guard(mutex_);
   if (!keep_) return extents_.mapped() != 0;
-  bool any = false;
-  if (!released_.empty()) {
-    for_each_idle_extent([&](Span*, Piece, const Lane& lane, Fence) { any |= lane.pool.released; });
-  }
-  return any;
+  return !released_.empty();  // a free wakes no thread, and what outlived its pool is to go by itself
 }
 
 /// Whether free extents wait for marks that have been made.
