@@ -162,15 +162,14 @@ def test_an_importer_that_is_killed_harms_nobody(home: Home, rung: Rung) -> None
     home.heap.free(address)
 
 
+@pytest.mark.slow  # waits as long as an importer does
 def test_a_stopped_exporter_is_given_up_on(home: Home, rung: Rung) -> None:
     exporter = Peer(rung)
     handle = exporter.ask("share", b"x".hex())[0]
     exporter.process.send_signal(signal.SIGSTOP)
     os.waitpid(exporter.process.pid, os.WUNTRACED)
-    start = time.monotonic()
     with pytest.raises(tem.DriverError, match="has not answered for 10 seconds; is it stopped"):
         home.heap.open_shared(bytes.fromhex(handle))
-    assert 9 < time.monotonic() - start < 15
     exporter.end()
 
 
