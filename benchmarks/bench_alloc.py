@@ -19,8 +19,8 @@ from benchmarks.alloc_cases import LIVE, SEED, SIZES, THREADS, Effort, name_of
 from benchmarks.alloc_loop import Loop, malloc_library, torch_library
 from benchmarks.alloc_tables import by_case, cuda_tables, host_tables
 from benchmarks.options import backend_option, errors_as_messages, out_option
-from benchmarks.results import Result, Table, command_line, default_path, save
-from benchmarks.terminal import print_result
+from benchmarks.results import Result, Table, command_line
+from benchmarks.terminal import publish
 from benchmarks.timing import interleave
 from benchmarks.worker import started, take_turns
 from torch_elastic_mem import _C
@@ -98,12 +98,7 @@ def main(backend: str, rounds: int, pairs: int, out: Path | None) -> None:
         tables=tables,
         raw={"cases": cases, "failures": failures},
     )
-    print_result(result)
-    path = out or default_path("bench_alloc", backend)
-    save(result, path)
-    click.echo(f"saved {path}")
-    if failures:
-        raise click.ClickException("; ".join(failures.values()))
+    publish(result, out, backend, failures.values())
 
 
 if __name__ == "__main__":

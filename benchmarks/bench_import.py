@@ -12,8 +12,8 @@ import click
 
 from benchmarks import machine
 from benchmarks.options import out_option
-from benchmarks.results import TARGET_COLUMNS, Result, Table, command_line, default_path, save, target_row
-from benchmarks.terminal import print_result
+from benchmarks.results import TARGET_COLUMNS, Result, Table, command_line, target_row
+from benchmarks.terminal import publish
 from benchmarks.timing import interleave, summarise
 
 IMPORT_TARGET_MS = 100
@@ -107,10 +107,7 @@ def main(rounds: int, out: Path | None) -> None:
         tables=tables(raw),
         raw=dict(raw),
     )
-    print_result(result)
-    path = out or default_path("bench_import", "host")
-    save(result, path)
-    click.echo(f"saved {path}")
+    publish(result, out, "host")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from benchmarks import machine
 from benchmarks.floor import Floor
 from benchmarks.map_tables import Readings, tables
 from benchmarks.options import backend_option, errors_as_messages, out_option, size_option
-from benchmarks.results import Result, command_line, default_path, save
-from benchmarks.terminal import print_result
+from benchmarks.results import Result, command_line
+from benchmarks.terminal import publish
 from benchmarks.timing import elapsed_ns, interleave
 from torch_elastic_mem import _C
 
@@ -217,10 +217,7 @@ def main(backend: str, size: int | None, rounds: int, out: Path | None) -> None:
         raise click.BadParameter("must be a multiple of 64 MiB", param_hint="--size")
     with errors_as_messages():
         result = run(backend, size, rounds, sys.argv[1:])
-    print_result(result)
-    path = out or default_path("bench_map", backend)
-    save(result, path)
-    click.echo(f"saved {path}")
+    publish(result, out, backend)
 
 
 if __name__ == "__main__":

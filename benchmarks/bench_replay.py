@@ -18,9 +18,9 @@ from benchmarks import lengths, machine, snapshots, traces
 from benchmarks.contenders import NATIVE
 from benchmarks.options import backend_option, errors_as_messages, out_option, size_option
 from benchmarks.replay import replay
-from benchmarks.results import Result, Table, command_line, default_path, save
+from benchmarks.results import Result, Table, command_line
 from benchmarks.snapshots import SnapshotError, Trace
-from benchmarks.terminal import print_result, progress
+from benchmarks.terminal import progress, publish
 from benchmarks.timing import summarise
 from benchmarks.train_models import SHAPES
 from benchmarks.train_worker import TrainRequest
@@ -171,10 +171,7 @@ def main(
             "replays": readings,
         },
     )
-    print_result(result)
-    path = out or default_path("bench_replay", backend)
-    save(result, path)
-    click.echo(f"saved {path}")
+    publish(result, out, backend)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import msgspec
 from benchmarks import contenders, lengths, machine, traces
 from benchmarks.contenders import OURS
 from benchmarks.options import backend_option, errors_as_messages, out_option
-from benchmarks.results import Result, command_line, default_path, save
-from benchmarks.terminal import print_result, progress
+from benchmarks.results import Result, command_line
+from benchmarks.terminal import progress, publish
 from benchmarks.train_models import RESNET, RESNET_BATCH, RESNET_STEPS, SHAPES
 from benchmarks.train_tables import DRIPPED, tables
 from benchmarks.train_worker import TrainRequest
@@ -164,10 +164,7 @@ def main(
         tables=tables(trainings.answers, units, drips, failed),
         raw={"answers": trainings.answers, "failures": trainings.failures},
     )
-    print_result(result)
-    path = out or default_path("bench_train", backend)
-    save(result, path)
-    click.echo(f"saved {path}")
+    publish(result, out, backend, failed)
     if trainings.failures:
         raise click.ClickException("; ".join(failed))
 

@@ -22,11 +22,9 @@ from benchmarks.results import (
     Result,
     Table,
     command_line,
-    default_path,
-    save,
     target_row,
 )
-from benchmarks.terminal import print_result, progress
+from benchmarks.terminal import progress, publish
 from benchmarks.timing import collector_paused, paired_ratio, summarise
 from benchmarks.trim_cases import GRANTED, RELEASED, Trims
 from benchmarks.trim_load import load_on
@@ -180,12 +178,7 @@ def main(
         tables=tables(found, failures, cache, back, queue_ms),
         raw={"turns": found, "failures": failures},
     )
-    print_result(result)
-    path = out or default_path("bench_trim", backend)
-    save(result, path)
-    click.echo(f"saved {path}")
-    if failures:
-        raise click.ClickException("; ".join(failures.values()))
+    publish(result, out, backend, failures.values())
 
 
 if __name__ == "__main__":

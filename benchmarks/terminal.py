@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import click
 import rich.table
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.results import Result, Table
+from benchmarks.results import Result, Table, default_path, save
 
 # Without a terminal there is nothing to redraw: one line now and then shows that a run is alive.
 _PLAIN_INTERVAL_S = 5.0
@@ -51,6 +53,20 @@ def print_result(result: Result) -> None:
         console.print(_rich(table))
         if table.note:
             console.print(table.note, style="dim", highlight=False)
+
+
+def publish(result: Result, out: Path | None, backend: str, failures: Iterable[str] = ()) -> None:
+    """Prints a result and saves it, at `out` or in the usual place.
+
+    Raises:
+        click.ClickException: there were failures; raised when all else is done.
+    """
+    print_result(result)
+    path = out or default_path(result.benchmark, backend)
+    save(result, path)
+    click.echo(f"saved {path}")
+    if said := "; ".join(failures):
+        raise click.ClickException(said)
 
 
 def _rich(table: Table) -> rich.table.Table:

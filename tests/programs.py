@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +51,18 @@ def end(
 
 def program(*arguments: str, given: str = "", timeout: float = 180) -> subprocess.CompletedProcess[str]:
     return end(start(*arguments), given, timeout)
+
+
+def report(checks: Iterable[Callable[[], None]], settle: Callable[[], None]) -> None:
+    """In such a program: runs each check, then `settle`, and prints a line for `reports`."""
+    for check in checks:
+        failure = ""
+        try:
+            check()
+            settle()
+        except Exception:  # noqa: BLE001  (the line says what it was)
+            failure = traceback.format_exc()
+        print(json.dumps({"check": check.__name__, "failure": failure}), flush=True)
 
 
 def reports(done: subprocess.CompletedProcess[str], key: str) -> dict[str, dict[str, object]]:

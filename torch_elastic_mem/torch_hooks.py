@@ -12,7 +12,7 @@ from torch_elastic_mem.errors import OutOfMemory
 
 MISSING = (
     "statistics (torch.cuda.memory_stats, memory_allocated and their like), snapshots, memory history, CUDA "
-    " graph capture, torch.cuda.MemPool and CUDA IPC"
+    "graph capture, torch.cuda.MemPool and CUDA IPC"
 )
 
 

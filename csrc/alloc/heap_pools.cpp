@@ -1,5 +1,7 @@
 // Lanes, and the private pools that some of them belong to.
 #include <algorithm>
+#include <map>
+#include <set>
 #include <utility>
 
 #include "alloc/heap.hpp"
@@ -178,15 +180,39 @@ void Heap::check_restorable(const Pool& pool, const std::vector<PlacedBlock>& ch
     const bool shared = span->state == SpanState::kSlab ? span->slab->shared() : !span->others.empty();
     if (&span->lane->pool == &pool && shared) refuse("other streams still use live blocks");
   });
+  // What the blocks take, slabs as a whole: none of it may be missing, or be taken twice.
+  std::map<size_t, Piece> runs;
+  std::map<size_t, size_t> slabs;  // offset -> block bytes
+  std::set<size_t> blocks;
   for (const PlacedBlock& block : checkpoint) {
     const size_t offset = block.address - range_->base();
-    const bool inside = offset < range_->bytes() && block.bytes <= range_->bytes() - offset;
-    if (!inside) refuse("it names a block that is not of this heap");
-    for (size_t at = offset; at < offset + block.bytes; at = extents_.over(at)->piece.end()) {
+    const size_t start = block.slab == 0 ? offset : block.slab - range_->base();
+    if (start >= range_->bytes() || block.bytes > range_->bytes() - start)
+      refuse("it names a block that is not of this heap");
+    const bool in_slab = block.slab != 0 && block.small && block.bytes != 0 && block.bytes <= kSlabBlock &&
+                         class_bytes(size_class_of(block.bytes)) == block.bytes && offset >= start &&
+                         (offset - start) % block.bytes == 0 &&
+                         offset - start + block.bytes <= slab_bytes(size_class_of(block.bytes));
+    const size_t unit = SpanMap::unit(block.small);
+    const bool is_span = block.slab == 0 && block.bytes != 0 && block.bytes % unit == 0;
+    const bool placed = start % unit == 0 && spans_.is_small(start) == block.small;
+    if ((!in_slab && !is_span) || !placed || block.requested > block.bytes)
+      refuse("it names a block that no malloc made");
+    const size_t bytes = in_slab ? slab_bytes(size_class_of(block.bytes)) : block.bytes;
+    for (size_t at = start; at < start + bytes; at = extents_.over(at)->piece.end()) {
       const MappedExtent* extent = extents_.over(at);
       if (extent == nullptr || &extent->lane->pool != &pool || extent->lane->stream != block.stream)
         refuse("it names memory that the pool does not hold");
     }
+    const bool agrees = !in_slab || slabs.emplace(start, block.bytes).first->second == block.bytes;
+    const bool again = !blocks.insert(offset).second;
+    const bool other = runs.emplace(start, Piece{start, bytes}).first->second.bytes != bytes;
+    if (!agrees || again || other) refuse("two of its blocks overlap");
+  }
+  size_t end = 0;
+  for (const auto& [start, run] : runs) {
+    if (start < end) refuse("two of its blocks overlap");
+    end = run.end();
   }
 }
 
@@ -211,15 +237,12 @@ void Heap::claim(Pool& pool, const PlacedBlock& block) {
   tell(MallocEvent::Action::kAllocate, block.address, block.requested, lane);
 }
 
-/// Makes a span of its own, in no list, of a run inside a free one.
+/// Makes a span of its own, in no list, of a run that lies inside a free one.
 Span* Heap::carve(Lane& lane, size_t offset, size_t bytes) {
   Span* span = nullptr;
   lane.for_each_free([&](Span* free) {
     if (free->offset <= offset && offset + bytes <= free->end()) span = free;
   });
-  if (span == nullptr)
-    throw Error(Kind::kInvalid,
-                name_ + ": two blocks of a checkpoint of " + text_of(lane.pool.id) + " overlap");
   lane.unlist(span);
   if (offset != span->offset) {
     Span* rest = spans_.split(span, offset - span->offset);

@@ -74,7 +74,7 @@ class CudaBackend final : public Backend {
 
   MemoryInfo memory_info() override {
     const InContext current(*this);
-    const Relaxed relaxed(driver_);
+    const cuda::RelaxedCapture relaxed(driver_);
     MemoryInfo info;
     check(driver_.cuMemGetInfo(&info.free, &info.total), [] { return std::string("cuMemGetInfo()"); });
     return info;
@@ -94,7 +94,7 @@ class CudaBackend final : public Backend {
   }
 
   Handle create(size_t bytes) override {
-    const Relaxed relaxed(driver_);
+    const cuda::RelaxedCapture relaxed(driver_);
     cuda::AllocationHandle handle = 0;
     const Result code = driver_.cuMemCreate(&handle, bytes, &prop_, 0);
     if (code == cuda::kOutOfMemory) throw Error(Kind::kOutOfMemory, out_of_memory(bytes));
@@ -103,13 +103,13 @@ class CudaBackend final : public Backend {
   }
 
   void release(Handle handle) override {
-    const Relaxed relaxed(driver_);
+    const cuda::RelaxedCapture relaxed(driver_);
     check_return(driver_.cuMemRelease(handle),
                  [&] { return "cuMemRelease(handle " + std::to_string(handle) + ")"; });
   }
 
   Fd export_fd(Handle handle) override {
-    const Relaxed relaxed(driver_);
+    const cuda::RelaxedCapture relaxed(driver_);
     int fd = -1;
     check(driver_.cuMemExportToShareableHandle(&fd, handle, cuda::kHandleTypePosixFd, 0),
           [&] { return "cuMemExportToShareableHandle(handle " + std::to_string(handle) + ")"; });
@@ -119,7 +119,7 @@ class CudaBackend final : public Backend {
   }
 
   Handle import_fd(const Fd& fd) override {
-    const Relaxed relaxed(driver_);
+    const cuda::RelaxedCapture relaxed(driver_);
     cuda::AllocationHandle handle = 0;
     auto* const number = reinterpret_cast<void*>(static_cast<uintptr_t>(fd.get()));
     check(driver_.cuMemImportFromShareableHandle(&handle, number, cuda::kHandleTypePosixFd),
@@ -128,13 +128,13 @@ class CudaBackend final : public Backend {
   }
 
   void map(Address at, size_t bytes, Handle handle) override {
-    const Relaxed relaxed(driver_);
+    const cuda::RelaxedCapture relaxed(driver_);
     check(driver_.cuMemMap(at, bytes, 0, handle, 0),
           [&] { return "cuMemMap(" + span(at, bytes) + ", handle " + std::to_string(handle) + ")"; });
   }
 
   void allow(Address at, size_t bytes) override {
-    const Relaxed relaxed(driver_);
+    const cuda::RelaxedCapture relaxed(driver_);
     std::vector<cuda::AccessDesc> access;
     {
       const std::lock_guard<std::mutex> lock(peers_mutex_);
@@ -160,7 +160,7 @@ class CudaBackend final : public Backend {
   }
 
   void unmap(Address at, size_t bytes) override {
-    const Relaxed relaxed(driver_);
+    const cuda::RelaxedCapture relaxed(driver_);
     check_return(driver_.cuMemUnmap(at, bytes), [&] { return "cuMemUnmap(" + span(at, bytes) + ")"; });
   }
 
@@ -169,7 +169,7 @@ class CudaBackend final : public Backend {
     auto queue = reinterpret_cast<cuda::StreamPtr>(stream);
     // On a stream that is captured it would run at every replay, and not now.
     const bool apart = capturing(queue);
-    const Relaxed relaxed(driver_);
+    const cuda::RelaxedCapture relaxed(driver_);
     if (apart) queue = side_stream();
     const bool words = at % 4 == 0 && bytes % 4 == 0;
     check(words ? driver_.cuMemsetD32Async(at, 0, bytes / 4, queue)
@@ -195,7 +195,7 @@ class CudaBackend final : public Backend {
   EventId record_all() override {
     const InContext current(*this);
     const cuda::Event event = take_event();
-    const Relaxed relaxed(driver_);
+    const cuda::RelaxedCapture relaxed(driver_);
     // Before CUDA 12.5 no event spans streams. Then it takes a wait, and the event passes at once.
     const Result code = driver_.cuCtxRecordEvent != nullptr ? driver_.cuCtxRecordEvent(context_, event)
                                                             : driver_.cuCtxSynchronize();
@@ -208,7 +208,7 @@ class CudaBackend final : public Backend {
       const std::lock_guard<std::mutex> lock(events_mutex_);
       event = known("passed", id);
     }
-    const Relaxed relaxed(driver_);
+    const cuda::RelaxedCapture relaxed(driver_);
     const Result code = driver_.cuEventQuery(event);
     if (code == cuda::kNotReady) return false;
     check_return(code, [&] { return "cuEventQuery(event " + std::to_string(id) + ")"; });
@@ -242,21 +242,6 @@ class CudaBackend final : public Backend {
    private:
     const cuda::Driver& driver_;
     bool pushed_ = false;
-  };
-
-  /// Lets this thread call what could block while another, or it itself, captures a graph.
-  class Relaxed {
-   public:
-    explicit Relaxed(const cuda::Driver& driver) : driver_(driver) {
-      driver_.cuThreadExchangeStreamCaptureMode(&mode_);
-    }
-    ~Relaxed() { driver_.cuThreadExchangeStreamCaptureMode(&mode_); }
-    Relaxed(const Relaxed&) = delete;
-    Relaxed& operator=(const Relaxed&) = delete;
-
-   private:
-    const cuda::Driver& driver_;
-    int mode_ = cuda::kCaptureModeRelaxed;
   };
 
   bool capturing(cuda::StreamPtr stream) const {

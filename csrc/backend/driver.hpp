@@ -69,6 +69,21 @@ struct Driver {
   std::string describe(Result code) const;
 };
 
+/// Lets this thread call what could block while another, or it itself, captures a graph.
+class RelaxedCapture {
+ public:
+  explicit RelaxedCapture(const Driver& driver) : driver_(driver) {
+    driver_.cuThreadExchangeStreamCaptureMode(&mode_);
+  }
+  ~RelaxedCapture() { driver_.cuThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  const Driver& driver_;
+  int mode_ = kCaptureModeRelaxed;
+};
+
 /// Loads and initialises the driver. `library` is what dlopen is given.
 /// Throws Error{kDriverMissing} for no driver, one older than 12.0 or without an entry point, and no device.
 Driver load_driver(const std::string& library);

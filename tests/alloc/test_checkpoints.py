@@ -77,3 +77,28 @@ def test_a_checkpoint_of_memory_that_the_pool_does_not_hold_is_refused_and_chang
     for block in (shared, own):
         home.heap.free(block)
     home.heap.release_pool(POOL)
+
+
+def test_a_checkpoint_that_no_malloc_made_is_refused_and_changes_nothing(home: Home) -> None:
+    with home.pool(POOL):
+        blocks = [home.heap.allocate(n, 0) for n in (512, 512, 40 * KiB, G)]
+    checkpoint = home.heap.live_in(POOL)
+    slabbed, _, small, large = checkpoint
+    for bad, why in (
+        ((slabbed[0] + 16, *slabbed[1:]), "no malloc made"),  # within a block
+        ((slabbed[0] + 64 * KiB, *slabbed[1:]), "no malloc made"),  # behind its slab
+        ((slabbed[0], 500, *slabbed[2:]), "no malloc made"),  # of no size class
+        ((slabbed[0], 512, 513, *slabbed[3:]), "no malloc made"),  # smaller than what was asked for
+        ((small[0], 0, *small[2:]), "no malloc made"),
+        ((small[0], small[1] + 1, *small[2:]), "no malloc made"),
+        ((*large[:4], True, 0), "no malloc made"),  # in the other region
+        ((small[0] + 4 * KiB, *small[1:]), "overlap"),
+        (large, "overlap"),  # twice
+    ):
+        with pytest.raises(tem.InvalidArgument, match=why):
+            home.heap.restore(POOL, [*checkpoint, bad])
+        assert home.heap.live_in(POOL) == checkpoint
+    home.heap.restore(POOL, checkpoint)
+    for block in blocks:
+        home.heap.free(block)
+    home.heap.release_pool(POOL)

@@ -6,11 +6,9 @@ Every process has the allocator installed before anything is received. Prints a 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import signal
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 import torch.multiprocessing as mp
 
 import torch_elastic_mem as tem
+from tests.programs import report
 
 MiB, GiB = 1 << 20, 1 << 30
 CHECKS: list[Callable[[], None]] = []
@@ -270,14 +269,7 @@ def a_process_with_torchs_own_allocator_is_told() -> None:
 
 def main() -> None:
     _arena = install()
-    for each in CHECKS:
-        failure = ""
-        try:
-            each()
-            torch.cuda.synchronize()
-        except Exception:  # noqa: BLE001
-            failure = traceback.format_exc()
-        print(json.dumps({"check": each.__name__, "failure": failure}), flush=True)
+    report(CHECKS, torch.cuda.synchronize)
 
 
 if __name__ == "__main__":

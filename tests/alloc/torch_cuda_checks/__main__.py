@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 from importlib import import_module
 
 import torch
 
 import torch_elastic_mem as tem
+from tests.programs import report
 
 from .answers import answers
 from .harness import CAPACITY, CHECKS, native
@@ -31,14 +31,7 @@ def main() -> None:
     native.update(json.load(sys.stdin))
     _arena = install()
     import_module(f"{__package__}.{name}")
-    for check in CHECKS:
-        failure = ""
-        try:
-            check()
-            torch.cuda.synchronize()
-        except Exception:  # noqa: BLE001
-            failure = traceback.format_exc()
-        print(json.dumps({"check": check.__name__, "failure": failure}), flush=True)
+    report(CHECKS, torch.cuda.synchronize)
 
 
 if __name__ == "__main__":

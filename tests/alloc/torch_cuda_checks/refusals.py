@@ -15,6 +15,7 @@ def a_refusal_is_torchs_and_says_who_holds_what() -> None:
     seen: list[tuple[int, ...]] = []
     private: Any = torch._C
     private._cuda_attach_out_of_memory_observer(lambda *figures: seen.append(figures))
+    torch.cuda.init()  # before that there are no figures
     ooms = torch.cuda.memory_stats()["num_ooms"]
     with raises(torch.OutOfMemoryError, "CUDA out of memory. ", "training"):
         tensor(2 * CAPACITY)
