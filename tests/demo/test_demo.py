@@ -34,7 +34,10 @@ def test_four_seconds_prove_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_an_interrupt_ends_it_gently(tmp_path: Path) -> None:
+    # A shell's background job ignores interrupts, and its children inherit that.
     program = (
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path\n"
         "from torch_elastic_mem.demo.main import run_demo\n"
         f"raise SystemExit(run_demo(60.0, None, 'host', False, True, Path({str(tmp_path)!r})))\n"
