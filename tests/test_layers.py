@@ -45,8 +45,9 @@ CPP_INCLUDES = {
     "alloc": {"core", "backend", "ledger", "arena"},
     "kv": {"core", "backend", "ledger", "arena"},
     "ipc": {"core", "backend", "ledger", "arena", "alloc"},
+    "client": {"core", "backend", "ledger", "arena"},
     "capi": {"core", "backend", "ledger", "arena", "alloc", "kv", "ipc"},
-    "bindings": {"core", "backend", "ledger", "arena", "alloc", "kv", "ipc", "capi"},
+    "bindings": {"core", "backend", "ledger", "arena", "alloc", "kv", "ipc", "client", "capi"},
     "torch": {"capi/tem.h", "alloc/malloc.hpp", "core/error.hpp"},
 }
 # Headers from outside, by their first folder or whole name, and the folders that may know them.

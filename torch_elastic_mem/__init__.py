@@ -35,7 +35,7 @@ from torch_elastic_mem.priority import PriorityClass, priority
 from torch_elastic_mem.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from torch_elastic_mem.account import Account
+    from torch_elastic_mem.account import Account, Group, Reservation
     from torch_elastic_mem.arena import Arena
     from torch_elastic_mem.block_pool import BlockPool, Compaction
     from torch_elastic_mem.defaults import default_arena
@@ -53,6 +53,8 @@ _LAZY = {
     "BlockPool": "block_pool",
     "Compaction": "block_pool",
     "ElasticKVTensor": "elastic_kv",
+    "Group": "account",
+    "Reservation": "account",
     "Snapshot": "snapshot",
     "TorchAllocator": "torch_cuda",
     "YieldRecord": "snapshot",
@@ -74,11 +76,13 @@ __all__ = [
     "DriverMissing",
     "ElasticKVTensor",
     "ForkedError",
+    "Group",
     "InUseError",
     "InvalidArgument",
     "NotResident",
     "OutOfMemory",
     "PriorityClass",
+    "Reservation",
     "Snapshot",
     "TemError",
     "TorchAllocator",

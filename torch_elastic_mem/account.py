@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 
 from torch_elastic_mem import _C
@@ -30,6 +31,49 @@ class Reclaimer:
         self._account.remove_reclaimer(self._number)
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Demands that are granted together or not at all, as the ranks of one engine need it. Immutable.
+
+    Attributes:
+        name: the same for all members.
+        members: how many there are.
+        round: which of the group's demands this is; each member counts its own.
+
+    Raises:
+        InvalidArgument: no name, one too long, or fewer members than one.
+    """
+
+    name: str
+    members: int
+    round: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not 0 < len(self.name.encode()) < 64:
+            raise InvalidArgument(f"a group has a name of 1 to 63 bytes; got {self.name!r}")
+        if not 1 <= self.members < 2**32 or not 0 <= self.round < 2**64:
+            raise InvalidArgument(f"a group has members and rounds to count; got {self!r}")
+
+
+class Reservation:
+    """Bytes that are leased for growths to come. `close()` gives back what was not used."""
+
+    def __init__(self, account: _C.Account) -> None:
+        self._account = account
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> int:
+        """Gives back what is left of all the account's reservations; returns the bytes."""
+        return self._account.unreserve()
+
+
 class Account:
     """Whom bytes are charged to, with a priority class. Made by `Arena.account`. Thread-safe.
 
@@ -38,9 +82,8 @@ class Account:
         device: the device its memory is on.
     """
 
-    def __init__(self, device: Device, core: _C.Account, name: str, limits: PriorityClass) -> None:
+    def __init__(self, device: Device, core: _C.Account, name: str) -> None:
         self._core = core
-        self._limits = limits
         self._lock = threading.RLock()  # a reclaimer that goes with the account may call back
         self._allocator: _C.Allocator | None = None  # guarded by the lock
         self._open = True
@@ -62,12 +105,12 @@ class Account:
     @property
     def priority(self) -> str:
         """The name of its priority class."""
-        return self._limits.name
+        return self.limits.name
 
     @property
     def limits(self) -> PriorityClass:
-        """The limits in force; sizes in bytes."""
-        return self._limits
+        """The limits in force, which an operator may have changed; sizes in bytes."""
+        return PriorityClass(**self._core.limits())
 
     @property
     def held(self) -> int:
@@ -103,7 +146,7 @@ class Account:
         Raises:
             InvalidArgument: limits that contradict each other. AdmissionError: a `min` that does not fit.
         """
-        limits = limits_over(self._limits, min, low, high, max, weight)
+        limits = limits_over(self.limits, min, low, high, max, weight)
         left = self._core.set_limits(
             limits.value,
             limits.min,
@@ -113,7 +156,6 @@ class Account:
             limits.weight,
             self.device.seconds(timeout),
         )
-        self._limits = limits
         return left
 
     def room(self) -> int:
@@ -123,6 +165,27 @@ class Account:
     def wait(self, nbytes: int, timeout: float) -> bool:
         """Blocks, without the GIL, until `room()` reaches `nbytes`. False after `timeout` seconds."""
         return self._core.wait(parse_bytes(nbytes), self.device.seconds(timeout))
+
+    def reserve(
+        self, nbytes: Bytes, *, group: Group | None = None, timeout: float | None = None
+    ) -> Reservation:
+        """Leases bytes that the account's next growths are granted from, so that they wait for nobody.
+
+        Args:
+            nbytes: how much.
+            group: grow together with its other members, or not at all: every member reserves with the same
+                group and round, each its own bytes. It takes a broker to bring processes together.
+            timeout: seconds others may take to yield, and members to come; None: the arena's `yield_timeout`.
+
+        Returns:
+            What to close when the growth is done, or not wanted any more.
+
+        Raises:
+            OutOfMemory: it cannot be had, or another member's part cannot; nobody has anything then.
+        """
+        name, members, turn = ("", 1, 0) if group is None else (group.name, group.members, group.round)
+        self._core.reserve(parse_bytes(nbytes), self.device.seconds(timeout), name, members, turn)
+        return Reservation(self._core)
 
     def trim(self) -> int:
         """Gives back every idle extent, kept ones included. Returns the bytes.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch_elastic_mem import _C
 from torch_elastic_mem.account import Account, Bytes, limits_over
+from torch_elastic_mem.broker import paths
 from torch_elastic_mem.device import Device, device_of
-from torch_elastic_mem.errors import InvalidArgument
+from torch_elastic_mem.errors import BrokerError, InvalidArgument
 from torch_elastic_mem.priority import PriorityClass, priority
 from torch_elastic_mem.snapshot import AccountSnapshot, Snapshot, YieldRecord
 from torch_elastic_mem.units import parse_bytes
@@ -35,8 +39,13 @@ class Arena:
             thread. The default is (256 MiB, 1.25 GiB) on CUDA, less on small capacities, and (0, 0) on the
             host.
         yield_timeout: seconds a demand waits for others to yield, where the call names no timeout.
+        broker: whom it gets its leases from, so that processes yield to each other: the path of a broker's
+            socket, or None for no broker. "auto" is what TEM_BROKER names (0: none), else the broker that
+            runs in the default place, else none. A broker shares out the device: `reserve` is its own then,
+            and `capacity` only says how much the host backend may have.
 
     Attributes:
+        broker: the path of the broker's socket, or None for an arena that stands alone.
         backend: "host" or "cuda".
         device: the device as torch names it: "cpu" or "cuda:0".
         uuid: the device's UUID, the same in every process.
@@ -46,6 +55,7 @@ class Arena:
         InvalidArgument: an unknown device, sizes that cannot be right or are larger than the device.
         DriverMissing: no CUDA driver, one too old, no such device, or one without virtual memory management.
         InUseError: an arena is open on this CUDA device.
+        BrokerError: the broker that was named does not answer, or does not want this process.
     """
 
     def __init__(
@@ -55,24 +65,30 @@ class Arena:
         capacity: Bytes | None = None,
         reserve: tuple[Bytes, Bytes] | None = None,
         yield_timeout: float = 1.0,
+        broker: str | None = "auto",
     ) -> None:
         kind, index = device_of(device)
         wanted = None if capacity is None else parse_bytes(capacity)
         if kind == "host":
-            if wanted is None:
-                raise InvalidArgument(
-                    "the host backend needs a capacity: how much of this machine's memory to share"
-                )
-            backend = _C.host_backend(wanted)
+            backend = _C.host_backend(_machine() if wanted is None else wanted)
         else:
             backend = _C.cuda_backend(index, LIBCUDA)
             wanted = backend.memory_info()[0] if wanted is None else wanted
-        low, high = _reserve(reserve, kind, wanted)
         name = "cpu" if kind == "host" else f"cuda:{index}"
         self._device = Device(kind, name, index, backend.granularity, yield_timeout)
-        self._core = _C.Arena(backend, wanted, low, high)
+        link = _connect(broker, kind, backend)
+        if link is not None:
+            if reserve is not None:
+                raise InvalidArgument("the reserve is the broker's; set it where the broker is configured")
+            self._core = _C.Arena.under(backend, link)
+        elif wanted is None:
+            raise InvalidArgument(
+                "the host backend needs a capacity: how much of this machine's memory to share"
+            )
+        else:
+            self._core = _C.Arena(backend, wanted, *_reserve(reserve, kind, wanted))
         self._backend = backend
-        self._classes: dict[str, str] = {}
+        self.broker = None if link is None else link.path
         self.backend = kind
         self.device = name
         self.uuid = backend.uuid
@@ -122,17 +138,15 @@ class Arena:
         Raises:
             InvalidArgument: an unknown class, a name in use, limits that contradict each other.
             AdmissionError: a `min` that does not fit beside those promised.
+            BrokerError: the broker is gone, or does not permit this class or `min`.
         """
         if not isinstance(name, str) or not name:
             raise InvalidArgument(f"an account needs a name, a text; got {name!r}")
         limits = limits_over(_class(priority), min, low, high, max, weight)
-        # Before and after: a snapshot may come between.
-        self._classes.setdefault(name, limits.name)
         core = self._core.open_account(
-            name, limits.value, limits.min, limits.low, limits.high, limits.max, limits.weight
+            name, limits.name, limits.value, limits.min, limits.low, limits.high, limits.max, limits.weight
         )
-        self._classes[name] = limits.name
-        return Account(self._device, core, name, limits)
+        return Account(self._device, core, name)
 
     def set_capacity(self, capacity: Bytes, timeout: float | None = None) -> int:
         """Changes what may be shared out. Below what is leased, accounts yield, lowest class first.
@@ -177,9 +191,8 @@ class Arena:
             device=self.device,
             uuid=self.uuid,
             limbo=limbo,
-            accounts=[
-                AccountSnapshot(priority=self._classes[account["name"]], **account) for account in accounts
-            ],
+            broker=self.broker,
+            accounts=[AccountSnapshot(**account) for account in accounts],
             **state,
         )
 
@@ -216,3 +229,43 @@ def _reserve(reserve: tuple[Bytes, Bytes] | None, kind: str, capacity: int) -> t
     # A sixteenth of a small capacity, so that the default never takes most of what was asked for.
     low, high = CUDA_RESERVE
     return min(low, capacity // 64), min(high, capacity // 16)
+
+
+def _machine() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _broker(given: str | None) -> tuple[str | None, bool]:
+    """The socket to connect to, and whether it must answer."""
+    if given is None:
+        return None, False
+    if given != "auto":
+        return os.fspath(given), True
+    named = os.environ.get(paths.BROKER)
+    if named is not None:
+        return (None, False) if named in ("", "0") else (named, True)
+    found = paths.tenants_socket(os.environ)
+    return (str(found), False) if found.is_socket() else (None, False)
+
+
+def _connect(broker: str | None, kind: str, backend: _C.Backend) -> _C.Broker | None:
+    """The broker that is to serve a device. None if the arena is to stand alone.
+
+    Raises:
+        BrokerError: it does not answer, or says no.
+    """
+    socket, required = _broker(broker)
+    if socket is None:
+        return None
+    device = "HOST" if kind == "host" else backend.uuid
+    total = backend.memory_info()[1]
+    process = os.environ.get("TEM_NAME") or Path(sys.argv[0] if sys.argv else "").name or "python"
+    try:
+        return _C.Broker(
+            socket, device, kind, backend.device_name, process, total, backend.granularity, timeout=2.0
+        )
+    except BrokerError as error:
+        # The socket of a broker that has died stays in its place.
+        if required or "no broker listens there" not in str(error):
+            raise
+        return None

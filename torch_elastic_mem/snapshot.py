@@ -13,6 +13,7 @@ class AccountSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         priority: the name of its priority class.
         value: the value of its class; higher wins.
         held: what it is charged for.
+        lease: what a broker has granted to it; None for an arena that stands alone.
         idle: the part of `held` that nothing lives in, given back on the first demand.
         min: never reclaimed.
         low: reclaimed only when nothing else is left.
@@ -29,6 +30,7 @@ class AccountSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     priority: str
     value: int
     held: int
+    lease: int | None
     idle: int
     min: int
     low: int
@@ -47,6 +49,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         device: the device as torch names it: "cpu" on the host backend, else "cuda:0".
         uuid: the device's UUID, the same in every process.
+        broker: the socket of the broker that shares out the device; None for an arena that stands alone.
         capacity: what accounts may hold together, reserve included.
         leased: what the ledger has granted.
         free: what it could still grant.
@@ -63,6 +66,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     device: str
     uuid: str
+    broker: str | None
     capacity: int
     leased: int
     free: int

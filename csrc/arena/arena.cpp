@@ -72,24 +72,26 @@ Grant::~Grant() {
   arena_->settle_spare();
 }
 
-std::shared_ptr<Arena> Arena::open(std::shared_ptr<Backend> backend, Options options) {
+std::shared_ptr<Arena> Arena::open(std::shared_ptr<Backend> backend, Options options,
+                                   std::shared_ptr<Upstream> upstream) {
   options = checked(*backend, options);
   if (backend->capabilities().backend == "cuda") claim(backend->capabilities());
   // In a forked child the other threads are gone and their locks may be held for ever: leave such an arena
   // be.
-  std::shared_ptr<Arena> arena(new Arena(std::move(backend), options), [](Arena* self) {
+  std::shared_ptr<Arena> arena(new Arena(std::move(backend), options, std::move(upstream)), [](Arena* self) {
     if (self->device_->born.here()) delete self;
   });
   if (arena->spare_target() != 0) arena->start_worker();
   return arena;
 }
 
-Arena::Arena(std::shared_ptr<Backend> backend, const Options& options)
+Arena::Arena(std::shared_ptr<Backend> backend, const Options& options, std::shared_ptr<Upstream> upstream)
     : device_(std::make_shared<Device>(std::move(backend))),
       ledger_(options.capacity, options.reserve_low),
       mapper_(*device_),
+      upstream_(std::move(upstream)),
       reserve_high_(options.reserve_high) {
-  mapper_.set_budget(ledger_.leasable());
+  mapper_.set_budget(budget());
 }
 
 Arena::~Arena() {
@@ -99,9 +101,13 @@ Arena::~Arena() {
   const Deadline deadline = deadline_in(kLastFences);
   while (anything_pending() && Clock::now() < deadline)
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  bool left = false;
   for (Seat& seat : seats_) {
-    if (seat.tenant->idle().pending != 0) new std::shared_ptr<Tenant>(std::move(seat.tenant));
+    if (seat.tenant->idle().pending == 0) continue;
+    new std::shared_ptr<Tenant>(std::move(seat.tenant));
+    left = true;
   }
+  stop_upstream(!left);
   if (!closed_ && device().backend == "cuda") unclaim(device());
 }
 
@@ -117,6 +123,7 @@ void Arena::close() {
     mapper_.shrink_spare(0);
     closed_ = true;
   }
+  stop_upstream(true);
   stop_worker();
   if (device().backend == "cuda") unclaim(device());
 }
@@ -133,17 +140,34 @@ Arena::Lock Arena::lock() {
   return lock;
 }
 
-AccountId Arena::open_account(const std::string& name, const Limits& limits) {
+AccountId Arena::open_account(const std::string& name, const std::string& priority, const Limits& limits) {
+  AccountId id = kNobody;
+  {
+    const Lock held = lock();
+    id = ledger_.open(name, limits);
+    tallies_[id].priority = priority;
+    if (!upstream_) return id;
+    ledger_.set_lease(id, 0);
+  }
+  std::optional<Limits> in_force;
+  try {
+    in_force = upstream_->open(id, name, priority, limits);
+  } catch (const Error&) {
+    const Lock held = lock();
+    ledger_.close(id);
+    tallies_.erase(id);
+    throw;
+  }
   const Lock held = lock();
-  const AccountId id = ledger_.open(name, limits);
-  tallies_[id] = {};
+  ledger_.set_limits(id, *in_force);
   return id;
 }
 
 void Arena::close_account(AccountId id) {
+  unreserve(id);
   std::vector<std::shared_ptr<Reclaimer>>
       removed;  // outlive the lock: what their functions own may call back
-  const Lock held = lock();
+  Lock held = lock();
   const std::string name = ledger_.at(id).name;
   trim_idle(nullptr);
   settle_spare();
@@ -156,6 +180,12 @@ void Arena::close_account(AccountId id) {
       why = ", closed, but the driver refused to take its memory back (" + last_fault_ + "); try again";
     }
     throw Error(Kind::kInUse, "account '" + name + "' still has " + seat.tenant->name() + why);
+  }
+  if (upstream_ && ledger_.at(id).held == 0) {
+    upstream_->give_back(id, take_lease(id, unused(id)));
+    held.unlock();
+    upstream_->close(id);
+    held = lock();
   }
   ledger_.close(id);
   tallies_.erase(id);
@@ -171,6 +201,12 @@ Holding Arena::account(AccountId id) {
   return ledger_.at(id);
 }
 
+std::string Arena::priority(AccountId id) {
+  const Lock held = lock();
+  (void)ledger_.at(id);
+  return tallies_.at(id).priority;
+}
+
 size_t Arena::room(AccountId id) {
   const Lock held = lock();
   return ledger_.room(id);
@@ -178,6 +214,7 @@ size_t Arena::room(AccountId id) {
 
 bool Arena::wait_for_room(AccountId id, size_t bytes, Deadline deadline) {
   Lock held = lock();
+  if (upstream_) return wait_for_lease(held, id, bytes, deadline);
   return changed_.wait_until(held, deadline, [&] {
     require_open();
     return ledger_.room(id) >= bytes;
@@ -203,8 +240,15 @@ void Arena::retire(Tenant& tenant) noexcept {
   }
 }
 
+Grant Arena::grant_reserved(AccountId id, size_t bytes) {
+  tallies_.at(id).reserved -= bytes;
+  return Grant(shared_from_this(), id, bytes);
+}
+
 std::optional<Grant> Arena::acquire_free(AccountId id, size_t bytes) {
   const Lock held = lock();
+  if (const auto found = tallies_.find(id); found != tallies_.end() && found->second.reserved >= bytes)
+    return grant_reserved(id, bytes);
   if (!ledger_.grant(id, bytes)) return std::nullopt;
   return Grant(shared_from_this(), id, bytes);
 }
@@ -224,6 +268,7 @@ void Arena::map(const Lock&, Grant& grant, const std::vector<Place>& places, Wri
   const size_t rest = grant.bytes_ - used;
   grant.bytes_ = 0;
   if (rest != 0) give_back(grant.account_, rest);
+  if (upstream_) upstream_->changed();
   settle_spare();
 }
 
@@ -241,6 +286,7 @@ bool Arena::allow_peer(int ordinal) {
 void Arena::give_back(AccountId id, size_t bytes) {
   ledger_.give_back(id, bytes);
   changed_.notify_all();
+  if (upstream_) upstream_->changed();
 }
 
 size_t Arena::spare_target() const { return reserve_high_ - ledger_.reserve(); }
@@ -248,20 +294,23 @@ size_t Arena::spare_target() const { return reserve_high_ - ledger_.reserve(); }
 /// Spare bytes that may be: up to `target`, and never more physical memory than may be leased.
 size_t Arena::spare_limit(size_t target) const {
   const size_t elsewhere = device_->created - mapper_.spare().bytes();
-  const size_t leasable = ledger_.leasable();
-  return std::min(target, leasable > elsewhere ? leasable - elsewhere : 0);
+  const size_t most = budget();
+  return std::min(target, most > elsewhere ? most - elsewhere : 0);
 }
 
 void Arena::release_excess() noexcept {
   try {
-    // What a waiting demand will map next is not given to the driver only to be created again.
-    mapper_.shrink_spare(spare_limit(spare_target() + ledger_.queued()));
+    // What a waiting demand will map next is not given to the driver only to be created again, nor what
+    // fits under a lease that stays.
+    const size_t leased = upstream_ ? leases() : 0;
+    mapper_.shrink_spare(spare_limit(spare_target() + ledger_.queued() + leased));
   } catch (const Error& error) {
     note_fault(error);
   }
 }
 
 void Arena::settle_spare() noexcept {
+  if (upstream_) return_leases();
   release_excess();
   if (mapper_.spare().bytes() < spare_limit(spare_target())) wake_worker();
 }
@@ -291,7 +340,7 @@ ArenaState Arena::state() {
   ArenaState state;
   state.capacity = ledger_.capacity();
   state.leased = ledger_.leased();
-  state.free = ledger_.free();
+  state.free = upstream_ ? leases() - ledger_.leased() : ledger_.free();
   state.reserve_low = ledger_.reserve();
   state.reserve_high = reserve_high_;
   state.spare = mapper_.spare().bytes();
@@ -301,7 +350,11 @@ ArenaState Arena::state() {
   state.last_fault = last_fault_;
   for (const auto& [id, holding] : ledger_.accounts()) {
     const Tally& tally = tallies_.at(id);
-    AccountState account{holding, {}, tally.given, tally.taken, tally.yields, tally.denied};
+    AccountState account{holding,     tally.priority, {},           {},
+                         tally.given, tally.taken,    tally.yields, tally.denied};
+    for (const auto& reclaimer : reclaimers_) {
+      if (reclaimer->account == id) account.rungs.insert(reclaimer->rung);
+    }
     for (const Seat& seat : seats_) {
       if (seat.account != id) continue;
       const Idle idle = seat.tenant->idle();

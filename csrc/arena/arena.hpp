@@ -4,6 +4,7 @@
 //   1. acquire() leases bytes for an account; lower classes yield if they must. No lock is held by the
 //   caller.
 //   2. under lock(): the tenant decides where, map() puts extents there, the tenant commits.
+// With an upstream, step 1 gets the lease from there, and others of other processes yield for it.
 // The way back is one step: tenants keep what is idle, and the arena takes it by Tenant::trim() when it is
 // wanted.
 //
@@ -24,15 +25,13 @@
 
 #include "arena/fence.hpp"
 #include "arena/mapper.hpp"
+#include "arena/rung.hpp"
 #include "arena/tenant.hpp"
+#include "arena/upstream.hpp"
 #include "core/clock.hpp"
 #include "ledger/ledger.hpp"
 
 namespace tem {
-
-/// What a tenant gives up, from cheap to dear. Trim needs no asking; the others are reclaimers.
-enum class Rung { kTrim, kEvict, kSpill, kShrink, kPause };
-const char* rung_name(Rung rung);
 
 /// Asks an account for bytes. May block up to the deadline; what it freed is read from the ledger.
 using ReclaimFn = std::function<void(size_t bytes, Deadline deadline)>;
@@ -55,8 +54,16 @@ struct Yield {
   size_t given = 0;
 };
 
+/// What an account gave to a demand from outside: bytes of its lease, and those that wait for a fence.
+struct Yielded {
+  size_t bytes = 0;
+  size_t coming = 0;
+};
+
 struct AccountState {
   Holding holding;
+  std::string priority;
+  std::set<Rung> rungs;  // it has reclaimers for
   Idle idle;
   uint64_t given = 0;   // bytes yielded to others
   uint64_t taken = 0;   // bytes others yielded to it
@@ -98,7 +105,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
   using Lock = std::unique_lock<std::mutex>;
 
   /// One arena a CUDA device and process: a second one raises Error{kInUse} until the first is closed.
-  static std::shared_ptr<Arena> open(std::shared_ptr<Backend> backend, Options options);
+  static std::shared_ptr<Arena> open(std::shared_ptr<Backend> backend, Options options,
+                                     std::shared_ptr<Upstream> upstream = nullptr);
   ~Arena();
 
   const Capabilities& device() const { return device_->backend->capabilities(); }
@@ -106,13 +114,14 @@ class Arena : public std::enable_shared_from_this<Arena> {
   size_t granularity() const { return device().granularity; }
 
   // Accounts and limits. Lowered limits take effect before the call returns, idle accounts included.
-  AccountId open_account(const std::string& name, const Limits& limits);
+  AccountId open_account(const std::string& name, const std::string& priority, const Limits& limits);
   void close_account(AccountId id);
   /// Returns the bytes still held above `max` at the deadline.
   size_t set_limits(AccountId id, const Limits& limits, Deadline deadline);
   /// Returns the bytes still leased above the new capacity at the deadline.
   size_t set_capacity(const Options& options, Deadline deadline);
   Holding account(AccountId id);
+  std::string priority(AccountId id);
   size_t room(AccountId id);
   /// Blocks until room() reaches `bytes`. False at the deadline.
   bool wait_for_room(AccountId id, size_t bytes, Deadline deadline);
@@ -125,12 +134,32 @@ class Arena : public std::enable_shared_from_this<Arena> {
   // Growth.
   /// Leases bytes, calling reclaimers up to the rung `worst`. Error{kOutOfMemory} leaves the ledger as it
   /// was.
-  Grant acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst);
+  Grant acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst, const Group* group = nullptr);
   /// Leases bytes if nobody has to yield for them.
   std::optional<Grant> acquire_free(AccountId id, size_t bytes);
   Lock lock();
   /// Maps extents at `places` under the grant, for a tenant; the rest of the grant is given back.
   void map(const Lock&, Grant& grant, const std::vector<Place>& places, WriterId writer, Stream stream);
+
+  /// Leases bytes that the account's next growths are then granted from. With a group, together with the
+  /// other members or not at all.
+  void reserve(AccountId id, size_t bytes, Deadline deadline, const Group* group);
+  /// Gives back what is left of it. Returns the bytes.
+  size_t unreserve(AccountId id);
+
+  // For the upstream's threads.
+
+  /// A lease has come; `take` of it is charged for the caller that waits. False if its limits have changed
+  /// so that it may not hold them.
+  bool leased(AccountId id, size_t bytes, size_t take);
+  /// Gives up to `bytes` of an account's lease: what is unused, idle extents, then by reclaimers up to
+  /// `worst`. `progress` is told of each part when its memory has been released.
+  Yielded yield(AccountId id, size_t bytes, Rung worst, Deadline deadline, const std::string& demander,
+                const std::function<void(size_t bytes)>& progress);
+  /// Limits were changed from outside.
+  void limits_changed(AccountId id, const std::string& priority, const Limits& limits, Deadline deadline);
+  /// Calls `visit` with what each account is leased, under the arena's lock: nothing is returned meanwhile.
+  void visit_leases(const std::function<void(AccountId id, size_t lease)>& visit);
 
   /// A descriptor of a mapped extent, for another process.
   Fd export_fd(const Lock&, const Place& place) const { return mapper_.export_fd(place); }
@@ -174,19 +203,37 @@ class Arena : public std::enable_shared_from_this<Arena> {
   };
   using PlanFn = std::function<std::vector<Ask>(size_t missing, const Givable&)>;
   struct Tally {
+    std::string priority;
     uint64_t given = 0, taken = 0, yields = 0, denied = 0;
+    size_t reserved = 0;  // held for growths to come
   };
 
-  Arena(std::shared_ptr<Backend> backend, const Options& options);
+  Arena(std::shared_ptr<Backend> backend, const Options& options, std::shared_ptr<Upstream> upstream);
   static Options checked(Backend& backend, const Options& options);
   void require_open() const;
   size_t spare_target() const;
   size_t spare_limit(size_t target) const;
   void give_back(AccountId id, size_t bytes);
+  Grant grant_reserved(AccountId id, size_t bytes);
+  size_t apply_limits(Lock& lock, AccountId id, Deadline deadline);
   void release_excess() noexcept;
   void settle_spare() noexcept;
   void note_fault(const Error& error);
-  [[noreturn]] void refuse(AccountId id, size_t bytes, const std::string& why);
+  Error refusal(AccountId id, size_t bytes, const std::string& why);
+  [[noreturn]] void refuse(AccountId id, size_t bytes, const std::string& why) {
+    throw refusal(id, bytes, why);
+  }
+
+  // Leases from upstream, in leases.cpp.
+  size_t leases() const;
+  size_t budget() const { return upstream_ ? leases() : ledger_.leasable(); }
+  size_t unused(AccountId id) const;
+  size_t take_lease(AccountId id, size_t bytes) noexcept;
+  void return_leases() noexcept;
+  bool wait_for_lease(Lock& lock, AccountId id, size_t bytes, Deadline deadline);
+  void stop_upstream(bool nothing_left) noexcept;
+  Grant acquire_leased(Lock& lock, AccountId id, size_t bytes, Deadline deadline, Rung worst,
+                       const Group* group);
 
   // Yielding, in yield.cpp.
   size_t unmap(std::vector<Leaving>& leaving, const Seat& seat, std::exception_ptr* first);
@@ -219,6 +266,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::condition_variable wake_;     // the worker has something to do
   Ledger ledger_;
   Mapper mapper_;
+  const std::shared_ptr<Upstream> upstream_;
   size_t reserve_high_;
   bool closed_ = false;
   bool stopping_ = false;

@@ -37,6 +37,7 @@ uint64_t Arena::add_reclaimer(AccountId id, Rung rung, ReclaimFn fn) {
   (void)ledger_.at(id);
   const uint64_t number = next_number_++;
   reclaimers_.push_back(std::make_shared<Reclaimer>(Reclaimer{number, id, rung, std::move(fn)}));
+  if (upstream_) upstream_->changed();
   std::stable_sort(reclaimers_.begin(), reclaimers_.end(),
                    [](const auto& a, const auto& b) { return a->rung < b->rung; });
   return number;
@@ -50,6 +51,7 @@ void Arena::remove_reclaimer(uint64_t number) {
   if (found == reclaimers_.end()) return;
   removed = *found;
   reclaimers_.erase(found);
+  if (upstream_) upstream_->changed();
 }
 
 std::vector<Yield> Arena::yields(uint64_t since) {
@@ -302,8 +304,10 @@ void Arena::trim_self(Lock& lock, AccountId id, size_t target, Rung worst, Deadl
           });
 }
 
-Grant Arena::acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst) {
+Grant Arena::acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst, const Group* group) {
   Lock lock = this->lock();
+  if (group == nullptr && tallies_.count(id) != 0 && tallies_.at(id).reserved >= bytes && bytes != 0)
+    return grant_reserved(id, bytes);
   const Limits limits = ledger_.at(id).limits;
   const auto below = [bytes](size_t limit) { return limit > bytes ? limit - bytes : 0; };
   if (bytes > limits.max)
@@ -314,9 +318,15 @@ Grant Arena::acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst) 
   if (ledger_.at(id).held > below(limits.high)) {
     trim_self(lock, id, below(limits.high), std::min(worst, Rung::kEvict), deadline);
   }
-  if (ledger_.grant(id, bytes)) return Grant(shared_from_this(), id, bytes);
+  if (group == nullptr && ledger_.grant(id, bytes)) return Grant(shared_from_this(), id, bytes);
   if (ledger_.at(id).held > below(limits.max)) trim_self(lock, id, below(limits.max), worst, deadline);
   if (ledger_.at(id).held > below(limits.max)) refuse(id, bytes, "max is " + format_bytes(limits.max));
+
+  if (upstream_) return acquire_leased(lock, id, bytes, deadline, worst, group);
+  if (group != nullptr && group->members != 1) {
+    refuse(id, bytes, "the group '" + group->name + "' has " + std::to_string(group->members) +
+                          " members, and without a broker nobody brings them together");
+  }
 
   const Ticket ticket = ledger_.enqueue(id, bytes);
   bool granted = false;
@@ -338,23 +348,24 @@ Grant Arena::acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst) 
   return Grant(shared_from_this(), id, bytes);
 }
 
-void Arena::refuse(AccountId id, size_t bytes, const std::string& why) {
+Error Arena::refusal(AccountId id, size_t bytes, const std::string& why) {
   ++tallies_.at(id).denied;
   settle_spare();
   const Holding& account = ledger_.at(id);
-  std::string advice =
-      "free memory of this account, lower its demand, raise its limits or its priority class, or give "
-      "the arena more capacity";
-  throw Error(Kind::kOutOfMemory,
-              "account '" + account.name + "' asked for " + format_bytes(bytes) + " beside the " +
-                  format_bytes(account.held) + " it holds; " + format_bytes(ledger_.free()) + " of " +
-                  format_bytes(ledger_.leasable()) + " is free on " + device().device + ": " + why +
-                  ". Holders: " + ledger_.holders() + ". To go on: " + advice);
+  const std::string asked = "account '" + account.name + "' asked for " + format_bytes(bytes) +
+                            " beside the " + format_bytes(account.held) + " it holds";
+  // The other side of a refusal from upstream knows who holds the rest.
+  if (upstream_) return Error(Kind::kOutOfMemory, asked + ": " + why);
+  return Error(Kind::kOutOfMemory,
+               asked + "; " + format_bytes(ledger_.free()) + " of " + format_bytes(ledger_.leasable()) +
+                   " is free on " + device().device + ": " + why + ". Holders: " + ledger_.holders() +
+                   ". To go on: free memory of this account, lower its demand, raise its limits or its "
+                   "priority class, or give the arena more capacity");
 }
 
-size_t Arena::set_limits(AccountId id, const Limits& limits, Deadline deadline) {
-  Lock lock = this->lock();
-  ledger_.set_limits(id, limits);
+/// Brings an account under its limits by its own means. Returns the bytes still held above `max`.
+size_t Arena::apply_limits(Lock& lock, AccountId id, Deadline deadline) {
+  const Limits limits = ledger_.at(id).limits;
   changed_.notify_all();
   if (ledger_.at(id).held > limits.high) trim_self(lock, id, limits.high, Rung::kEvict, deadline);
   if (ledger_.at(id).held > limits.max) trim_self(lock, id, limits.max, Rung::kPause, deadline);
@@ -363,12 +374,29 @@ size_t Arena::set_limits(AccountId id, const Limits& limits, Deadline deadline) 
   return held > limits.max ? held - limits.max : 0;
 }
 
+size_t Arena::set_limits(AccountId id, const Limits& limits, Deadline deadline) {
+  if (upstream_) {
+    {
+      const Lock known = lock();
+      Ledger(ledger_).set_limits(id, limits);
+    }
+    upstream_->set_limits(id, limits);
+  }
+  Lock lock = this->lock();
+  ledger_.set_limits(id, limits);
+  return apply_limits(lock, id, deadline);
+}
+
 size_t Arena::set_capacity(const Options& wanted, Deadline deadline) {
+  if (upstream_) {
+    throw Error(Kind::kInvalid,
+                "the broker shares out this device: lower the account's max, or change the broker's capacity");
+  }
   const Options options = checked(*device_->backend, wanted);
   Lock lock = this->lock();
   ledger_.set_capacity(options.capacity, options.reserve_low);
   reserve_high_ = options.reserve_high;
-  mapper_.set_budget(ledger_.leasable());
+  mapper_.set_budget(budget());
   changed_.notify_all();
   squeeze(
       lock, kNobody, "capacity", deadline, Rung::kPause, [this] { return ledger_.overdrawn(); },

@@ -8,6 +8,7 @@
 #include "arena/growth.hpp"
 #include "bindings/bindings.hpp"
 #include "core/error.hpp"
+#include "client/client.hpp"
 #include "core/sizes.hpp"
 
 namespace tem {
@@ -35,6 +36,8 @@ ReclaimFn reclaim_fn(py::function function) {
     delete owned;
   });
   return [held](size_t bytes, Deadline deadline) {
+    // A demand of another process may come while the interpreter goes down, and ends this thread then.
+    if (NoGil::finalizing()) return;
     const py::gil_scoped_acquire gil;
     try {
       (*held)(bytes, std::max(0.0, seconds_until(deadline)));
@@ -48,7 +51,9 @@ py::dict dict_of(const AccountState& account) {
   py::dict out;
   out["name"] = account.holding.name;
   out["value"] = account.holding.limits.value;
+  out["priority"] = account.priority;
   out["held"] = account.holding.held;
+  out["lease"] = bounded(account.holding.lease);
   out["idle"] = account.idle.ready + account.idle.pending;
   out["pending"] = account.idle.pending;
   out["min"] = account.holding.limits.min;
@@ -142,6 +147,37 @@ void bind_arena(py::module_& module) {
           },
           py::arg("bytes"), py::arg("timeout"))
       .def(
+          "reserve",
+          [](AccountHandle& self, size_t bytes, double timeout, const std::string& group, uint32_t members,
+             uint64_t round) {
+            const Group together{group, members, round};
+            self.arena->reserve(self.id, bytes, deadline_in(timeout), group.empty() ? nullptr : &together);
+          },
+          py::arg("bytes"), py::arg("timeout"), py::arg("group"), py::arg("members"), py::arg("round"),
+          Unlocked())
+      .def(
+          "unreserve", [](AccountHandle& self) { return self.arena->unreserve(self.id); }, Unlocked())
+      .def(
+          "limits",
+          [](AccountHandle& self) {
+            Limits limits;
+            std::string priority;
+            {
+              const NoGil unlocked;
+              limits = self.arena->account(self.id).limits;
+              priority = self.arena->priority(self.id);
+            }
+            py::dict out;
+            out["name"] = priority;
+            out["value"] = limits.value;
+            out["min"] = limits.min;
+            out["low"] = limits.low;
+            out["high"] = bounded(limits.high);
+            out["max"] = bounded(limits.max);
+            out["weight"] = limits.weight;
+            return out;
+          })
+      .def(
           "trim", [](AccountHandle& self) { return self.arena->trim(self.id); }, Unlocked())
       .def(
           "close", [](AccountHandle& self) { self.arena->close_account(self.id); }, Unlocked())
@@ -167,20 +203,42 @@ void bind_arena(py::module_& module) {
           "remove_reclaimer",
           [](AccountHandle& self, uint64_t number) { self.arena->remove_reclaimer(number); }, Unlocked());
 
+  py::class_<client::Client, std::shared_ptr<client::Client>>(module, "Broker")
+      .def(py::init([](const std::string& path, const std::string& device, const std::string& backend,
+                       const std::string& label, const std::string& process, size_t total,
+                       size_t granularity, double timeout) {
+             return client::Client::connect(path, {device, backend, label, process, total, granularity},
+                                            deadline_in(timeout));
+           }),
+           py::arg("path"), py::arg("device"), py::arg("backend"), py::arg("label"), py::arg("process"),
+           py::arg("total"), py::arg("granularity"), py::arg("timeout"), Unlocked())
+      .def_property_readonly("path", &client::Client::path)
+      .def_property_readonly("connected", &client::Client::connected)
+      .def_property_readonly("capacity", &client::Client::capacity);
   py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
       .def(py::init([](std::shared_ptr<Backend> backend, size_t capacity, size_t low, size_t high) {
              return Arena::open(std::move(backend), {capacity, low, high});
            }),
            py::arg("backend"), py::arg("capacity"), py::arg("reserve_low"), py::arg("reserve_high"),
            Unlocked())
+      .def_static(
+          "under",
+          [](std::shared_ptr<Backend> backend, const std::shared_ptr<client::Client>& broker) {
+            const size_t total = backend->memory_info().total;
+            auto arena = Arena::open(std::move(backend), {total, 0, 0}, broker);
+            broker->start(arena);
+            return arena;
+          },
+          py::arg("backend"), py::arg("broker"), Unlocked())
       .def(
           "open_account",
-          [](const std::shared_ptr<Arena>& self, const std::string& name, int64_t value, size_t min,
-             size_t low, std::optional<size_t> high, std::optional<size_t> max, double weight) {
-            return AccountHandle{self,
-                                 self->open_account(name, limits_from(value, min, low, high, max, weight))};
+          [](const std::shared_ptr<Arena>& self, const std::string& name, const std::string& priority,
+             int64_t value, size_t min, size_t low, std::optional<size_t> high, std::optional<size_t> max,
+             double weight) {
+            const Limits limits = limits_from(value, min, low, high, max, weight);
+            return AccountHandle{self, self->open_account(name, priority, limits)};
           },
-          py::arg("name"), py::arg("value"), py::arg("min"), py::arg("low"), py::arg("high"), py::arg("max"),
+          py::arg("name"), py::arg("priority"), py::arg("value"), py::arg("min"), py::arg("low"), py::arg("high"), py::arg("max"),
           py::arg("weight"), Unlocked())
       .def(
           "set_capacity",

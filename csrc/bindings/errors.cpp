@@ -24,6 +24,8 @@ const char* class_name(Kind kind) {
       return "ForkedError";
     case Kind::kBlock:
       return "BlockError";
+    case Kind::kBroker:
+      return "BrokerError";
   }
   return "TemError";
 }

@@ -19,6 +19,7 @@ enum class Kind {
   kInUse,          // closed while something still lives in it
   kForked,         // used in a child of fork()
   kBlock,          // a KV block out of range, or released while not held
+  kBroker,         // no broker, one that does not answer, or one that does not permit it
 };
 
 class Error : public std::runtime_error {

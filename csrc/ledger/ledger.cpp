@@ -57,7 +57,7 @@ AccountId Ledger::open(const std::string& name, const Limits& limits) {
   check_order(name, limits);
   admit(limits, name, kNobody, leasable());
   const AccountId id = next_id_++;
-  accounts_[id] = Holding{id, name, limits, 0};
+  accounts_[id] = Holding{id, name, limits};
   return id;
 }
 
@@ -115,7 +115,7 @@ size_t Ledger::ahead_of(int64_t value, Ticket ticket) const {
 }
 
 size_t Ledger::room_ahead(const Holding& account, size_t ahead) const {
-  return std::min(above(free(), ahead), above(account.limits.max, account.held));
+  return std::min(above(free(), ahead), above(std::min(account.limits.max, account.lease), account.held));
 }
 
 size_t Ledger::room(AccountId id) const {

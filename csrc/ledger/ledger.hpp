@@ -43,6 +43,7 @@ struct Holding {
   std::string name;
   Limits limits;
   size_t held = 0;
+  size_t lease = kUnlimited;  // bytes that a ledger above this one has granted to it
 };
 
 /// Bytes that `victim` should give up.
@@ -86,6 +87,7 @@ class Ledger {
   size_t room(AccountId id) const;
   /// Leases `bytes` to `id` if room() covers them. False leaves everything as it was.
   bool grant(AccountId id, size_t bytes);
+  void set_lease(AccountId id, size_t bytes) { entry(id).lease = bytes; }
   void give_back(AccountId id, size_t bytes);
 
   /// Queues a demand: from now on freed bytes are kept for it from equal and lower classes that come later.

@@ -27,7 +27,7 @@ bool has(const std::string& text, const char* words) { return text.find(words) !
 
 void with_account(const std::string& library) {
   const auto arena = Arena::open(make_cuda_backend(0, library), {16 * kMiB, 0, 0});
-  const AccountId account = arena->open_account("training", Limits{});
+  const AccountId account = arena->open_account("training", "training", Limits{});
   const auto allocator = Heap::make(arena, account, "training");
   set_device_default(0, allocator);
   check::property("out of memory is a std::bad_alloc that says who holds what", [&] {
@@ -42,7 +42,7 @@ void with_account(const std::string& library) {
     CHECK_EQ(allocator->live_bytes(), 0U);
   });
   check::property("a scope goes before the device's default, and only on its thread", [&] {
-    const AccountId other_account = arena->open_account("other", Limits{});
+    const AccountId other_account = arena->open_account("other", "other", Limits{});
     const auto other = Heap::make(arena, other_account, "other");
     const auto before = exchange_scope(other);
     CHECK(before == nullptr);
@@ -85,7 +85,7 @@ int main(int argc, char** argv) {
   });
   check::property("within a scope the host table allocates, and cuts its message to the room it has", [] {
     const auto arena = Arena::open(make_host_backend(8 * kMiB), {8 * kMiB, 0, 0});
-    const AccountId account = arena->open_account("training", Limits{});
+    const AccountId account = arena->open_account("training", "training", Limits{});
     const auto allocator = Heap::make(arena, account, "training");
     exchange_scope(allocator);
     void* block = nullptr;

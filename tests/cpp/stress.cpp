@@ -316,9 +316,9 @@ void run(const std::shared_ptr<Backend>& backend, const std::string& library) {
     Limits lower, upper;
     lower.value = 100;
     upper.value = 1000;
-    const AccountId training = arena->open_account("training", lower);
-    const AccountId serving = arena->open_account("serving", upper);
-    const AccountId idle = arena->open_account("idle", Limits{});
+    const AccountId training = arena->open_account("training", "training", lower);
+    const AccountId serving = arena->open_account("serving", "serving", upper);
+    const AccountId idle = arena->open_account("idle", "idle", Limits{});
     {
       Cache kept(arena, idle, {16, kMiB, 1, 16 * kMiB, 0});
       Cache blocks(arena, training, {32, 3 * kMiB / 4, 2, 0, 0});

@@ -1,0 +1,198 @@
+// Leases from upstream: how they come, how they are used, and how they go back.
+#include <algorithm>
+#include <utility>
+
+#include "arena/arena.hpp"
+#include "core/error.hpp"
+#include "core/sizes.hpp"
+
+namespace tem {
+namespace {
+
+/// Unused lease that an account keeps, so that growth by small steps costs no message. Nothing lies behind it,
+/// and it is the first thing to go when another account wants memory.
+constexpr size_t kUnusedKept = kMaxExtent;
+constexpr auto kRoomPoll = std::chrono::milliseconds(20);
+
+}  // namespace
+
+size_t Arena::leases() const {
+  size_t sum = 0;
+  for (const auto& [id, account] : ledger_.accounts()) sum += account.lease;
+  return sum;
+}
+
+size_t Arena::unused(AccountId id) const {
+  const Holding& account = ledger_.at(id);
+  return account.lease > account.held ? account.lease - account.held : 0;
+}
+
+/// Takes unused bytes out of a lease, once the driver has released what lay behind them.
+size_t Arena::take_lease(AccountId id, size_t bytes) noexcept {
+  bytes = std::min(bytes, unused(id));
+  const size_t sum = leases();
+  const size_t elsewhere = device_->created - mapper_.spare().bytes();
+  try {
+    mapper_.shrink_spare(sum - bytes > elsewhere ? sum - bytes - elsewhere : 0);
+  } catch (const Error& error) {
+    note_fault(error);
+  }
+  bytes = std::min(bytes, sum > device_->created ? sum - device_->created : 0);
+  ledger_.set_lease(id, ledger_.at(id).lease - bytes);
+  mapper_.set_budget(budget());
+  return bytes;
+}
+
+void Arena::return_leases() noexcept {
+  for (const auto& [id, account] : ledger_.accounts()) {
+    const size_t idle = unused(id);
+    const size_t keep = std::min(kUnusedKept, ledger_.capacity() / 64);
+    if (idle <= keep) continue;
+    if (const size_t bytes = take_lease(id, idle - keep)) upstream_->give_back(id, bytes);
+  }
+}
+
+bool Arena::leased(AccountId id, size_t bytes, size_t take) {
+  const Lock held(mutex_);
+  ledger_.set_lease(id, ledger_.at(id).lease + bytes);
+  mapper_.set_budget(budget());
+  const bool taken = ledger_.grant(id, take);
+  changed_.notify_all();
+  return taken;
+}
+
+Grant Arena::acquire_leased(Lock& lock, AccountId id, size_t bytes, Deadline deadline, Rung worst,
+                            const Group* group) {
+  // What is unused goes to this demand before another thread sees it, and comes back if the rest is refused.
+  size_t held = 0;
+  const auto hold = [&] {
+    const size_t more = std::min(bytes - held, ledger_.room(id));
+    if (more != 0 && ledger_.grant(id, more)) held += more;
+  };
+  std::optional<std::string> why;
+  const auto ask = [&](std::optional<Rung> others) {
+    LeaseDemand demand;
+    demand.account = id;
+    demand.bytes = bytes - held;
+    demand.want = demand.bytes + std::min(kUnusedKept, ledger_.capacity() / 64);
+    demand.others = others;
+    demand.own = worst;
+    demand.deadline = deadline;
+    demand.group = group;
+    lock.unlock();
+    why = upstream_->demand(demand);
+    lock.lock();
+    if (!why) held = bytes;
+  };
+  try {
+    if (group == nullptr) {
+      hold();
+      // What is free costs nobody anything; then goes what this account has idle; only then others yield.
+      const Idle own = idle_of(id);
+      if (held < bytes && own.ready + own.pending != 0) {
+        ask(std::nullopt);
+        if (held < bytes && trim_seats(id, bytes - held, SIZE_MAX, true, nullptr) != 0) hold();
+      }
+    }
+    if (held < bytes || group != nullptr) ask(Rung::kPause);
+    require_open();
+  } catch (...) {
+    if (held != 0) give_back(id, held);
+    throw;
+  }
+  if (held == bytes) return Grant(shared_from_this(), id, bytes);
+  if (held != 0) give_back(id, held);
+  refuse(id, bytes, *why);
+}
+
+/// Room comes by asking: whoever frees memory elsewhere does not know who waits without a demand.
+bool Arena::wait_for_lease(Lock& lock, AccountId id, size_t bytes, Deadline deadline) {
+  for (;;) {
+    require_open();
+    const size_t room = ledger_.room(id);
+    if (room >= bytes) return true;
+    if (Clock::now() >= deadline) return false;
+    const Holding& account = ledger_.at(id);
+    bool granted = false;
+    if (account.limits.max >= bytes && account.limits.max - bytes >= account.held) {
+      LeaseDemand demand;
+      demand.account = id;
+      demand.bytes = demand.want = bytes - room;
+      demand.take = false;
+      demand.own = Rung::kPause;
+      demand.deadline = deadline;
+      lock.unlock();
+      granted = !upstream_->demand(demand);
+      lock.lock();
+    }
+    if (!granted) changed_.wait_until(lock, std::min(deadline, Clock::now() + kRoomPoll));
+  }
+}
+
+void Arena::stop_upstream(bool nothing_left) noexcept {
+  if (!upstream_) return;
+  {
+    const Lock held(mutex_);
+    try {
+      mapper_.shrink_spare(0);
+    } catch (const Error& error) {
+      note_fault(error);
+    }
+    nothing_left = nothing_left && device_->created == 0;
+  }
+  upstream_->stop(nothing_left);
+}
+
+void Arena::reserve(AccountId id, size_t bytes, Deadline deadline, const Group* group) {
+  Grant grant = acquire(id, bytes, deadline, Rung::kPause, group);
+  const Lock held = lock();
+  tallies_.at(id).reserved += std::exchange(grant.bytes_, 0);
+}
+
+size_t Arena::unreserve(AccountId id) {
+  const Lock held = lock();
+  (void)ledger_.at(id);
+  const size_t bytes = std::exchange(tallies_.at(id).reserved, 0);
+  if (bytes != 0) give_back(id, bytes);
+  settle_spare();
+  return bytes;
+}
+
+Yielded Arena::yield(AccountId id, size_t bytes, Rung worst, Deadline deadline, const std::string& demander,
+                     const std::function<void(size_t)>& progress) {
+  Yielded out;
+  Lock lock = this->lock();
+  (void)ledger_.at(id);
+  const auto missing = [&]() -> size_t {
+    if (ledger_.accounts().count(id) == 0) return 0;
+    const size_t taken = take_lease(id, bytes - out.bytes);
+    out.bytes += taken;
+    if (taken != 0) progress(taken);
+    return bytes - out.bytes;
+  };
+  squeeze(lock, kNobody, demander, deadline, worst, missing,
+          [id](size_t wanted, const Givable& givable) -> std::vector<Ask> {
+            const auto own = givable.find(id);
+            if (own == givable.end() || own->second == 0) return {};
+            return {{id, std::min(wanted, own->second)}};
+          });
+  missing();
+  if (ledger_.accounts().count(id) != 0) out.coming = std::min(idle_of(id).pending, bytes - out.bytes);
+  settle_spare();
+  return out;
+}
+
+void Arena::limits_changed(AccountId id, const std::string& priority, const Limits& limits,
+                           Deadline deadline) {
+  Lock lock = this->lock();
+  ledger_.set_limits(id, limits);
+  tallies_.at(id).priority = priority;
+  apply_limits(lock, id, deadline);
+}
+
+void Arena::visit_leases(const std::function<void(AccountId, size_t)>& visit) {
+  const Lock held = lock();
+  for (const auto& [id, account] : ledger_.accounts()) visit(id, account.lease);
+}
+
+}  // namespace tem

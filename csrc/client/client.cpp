@@ -1,0 +1,529 @@
+#include "client/client.hpp"
+
+#include <algorithm>
+#include <utility>
+
+#include "core/sizes.hpp"
+
+namespace tem::client {
+namespace {
+
+constexpr double kAnswer = 5.0;    // seconds for an answer that needs nobody's yield
+constexpr double kGrace = 0.1;     // beyond a demand's deadline, by which the broker has answered it
+constexpr double kAgain = 0.1;     // between attempts to find a broker
+constexpr double kReports = 0.1;   // between reports
+constexpr double kIdle = 3600.0;
+
+uint64_t microseconds(Deadline deadline) {
+  const double left = std::max(0.0, seconds_until(deadline));
+  return static_cast<uint64_t>(std::min(left, 1e9) * 1e6);
+}
+
+}  // namespace
+
+Client::Client(const std::string& path, Identity identity)
+    : identity_(std::move(identity)), connection_(path) {}
+
+Client::~Client() = default;
+
+std::shared_ptr<Client> Client::connect(const std::string& path, Identity identity, Deadline deadline) {
+  std::shared_ptr<Client> client(new Client(path, std::move(identity)));
+  client->handshake(deadline);
+  return client;
+}
+
+void Client::start(const std::shared_ptr<Arena>& arena) {
+  owner_ = arena;
+  arena_ = arena.get();
+  receiver_ = std::thread([self = shared_from_this()] { self->listen(); });
+}
+
+void Client::handshake(Deadline deadline) {
+  connection_.connect();
+  Hello hello{};
+  hello.device = Text<64>(identity_.device);
+  hello.backend = Text<16>(identity_.backend);
+  hello.label = Text<64>(identity_.label);
+  hello.process = Text<64>(identity_.process);
+  hello.total = identity_.total;
+  hello.granularity = identity_.granularity;
+  post(0, hello);
+  Bytes message;
+  for (;;) {
+    const Connection::Event event = connection_.wait(deadline, message);
+    if (event == Connection::Event::kMessage) break;
+    if (event == Connection::Event::kNothing && Clock::now() < deadline) continue;
+    connection_.disconnect();
+    throw Error(Kind::kBroker, "broker at " + path() + ": it does not answer; restart it");
+  }
+  const auto header = header_of(message.data(), message.size());
+  if (header && header->type == static_cast<uint16_t>(Type::kWelcome)) {
+    capacity_ = body_of<Welcome>(message.data(), message.size()).capacity;
+    return;
+  }
+  connection_.disconnect();
+  if (header && header->type == static_cast<uint16_t>(Type::kRefused))
+    throw Error(Kind::kBroker, refusal_of(message.data(), message.size()).what());
+  throw Error(Kind::kBroker, "broker at " + path() + " speaks another protocol; this package speaks version " +
+                                 std::to_string(kVersion));
+}
+
+// What callers wait with.
+
+void Client::call(Call& call, Deadline deadline) {
+  Lock lock(mutex_);
+  if (stopping_) throw Error(Kind::kClosed, "the arena has been closed; open a new one");
+  const uint64_t request = next_request_++;
+  calls_[request] = &call;
+  try_send(request, call);
+  answered_.wait_until(lock, deadline, [&] { return call.done; });
+  answered_.wait(lock, [&] { return !call.settling; });
+  calls_.erase(request);
+  if (call.done) {
+    if (call.error) throw Error(*call.error);
+    return;
+  }
+  if (call.type == Type::kDemand && call.sent) post(request, Withdraw{});
+  throw Error(Kind::kBroker, connected() ? "broker at " + path() + ": it does not answer"
+                                         : "broker at " + path() + ": it is gone, and no other has come");
+}
+
+/// Sends a question whose account the broker knows. The others go when it does.
+void Client::try_send(uint64_t request, Call& call) {
+  if (call.sent || !connected()) return;
+  const auto found = entries_.find(call.account);
+  if (found == entries_.end()) return;
+  Entry& entry = found->second;
+  if (call.type == Type::kOpen) {
+    openings_[request] = call.account;
+    Open open{};
+    open.name = Text<64>(entry.name);
+    open.priority = Text<32>(entry.priority);
+    open.limits = WireLimits(entry.limits);
+    call.sent = post(request, open);
+    return;
+  }
+  if (!entry.remote) return;
+  if (call.type == Type::kClose) {
+    call.sent = post(request, Close{*entry.remote, 0});
+  } else if (call.type == Type::kLimits) {
+    call.sent = post(request, SetOwn{*entry.remote, 0, WireLimits(call.limits)});
+  } else {
+    const LeaseDemand& wanted = *call.demand;
+    Demand demand{};
+    demand.account = *entry.remote;
+    demand.rung = wanted.others ? static_cast<uint32_t>(*wanted.others) : kNoRung;
+    demand.bytes = wanted.bytes;
+    demand.want = std::max(wanted.want, wanted.bytes);
+    demand.timeout = microseconds(wanted.deadline);
+    if (wanted.group != nullptr) {
+      demand.group = Text<64>(wanted.group->name);
+      demand.members = wanted.group->members;
+      demand.round = wanted.group->round;
+    }
+    call.sent = post(request, demand);
+  }
+}
+
+Limits Client::open(AccountId id, const std::string& name, const std::string& priority,
+                    const Limits& limits) {
+  {
+    const Lock lock(mutex_);
+    Entry& entry = entries_[id];
+    entry.name = name;
+    entry.priority = priority;
+    entry.limits = limits;
+  }
+  Call opening{Type::kOpen, id};
+  try {
+    call(opening, deadline_in(kAnswer));
+  } catch (const Error&) {
+    const Lock lock(mutex_);
+    entries_.erase(id);
+    throw;
+  }
+  changed();
+  return opening.limits;
+}
+
+void Client::close(AccountId id) {
+  bool known = false;
+  {
+    const Lock lock(mutex_);
+    for (const auto& [request, call] : calls_) {
+      if (call->account == id) throw Error(Kind::kInUse, "a demand of the account is under way");
+    }
+    const auto found = entries_.find(id);
+    known = found != entries_.end() && found->second.remote && connected();
+  }
+  Call closing{Type::kClose, id};
+  // A broker that is gone has forgotten the account; the next one is not told of it.
+  try {
+    if (known) call(closing, deadline_in(kAnswer));
+  } catch (const Error& error) {
+    if (error.kind() != Kind::kBroker) throw;
+  }
+  const Lock lock(mutex_);
+  entries_.erase(id);
+}
+
+void Client::set_limits(AccountId id, const Limits& limits) {
+  Call setting{Type::kLimits, id};
+  setting.limits = limits;
+  call(setting, deadline_in(kAnswer));
+  const Lock lock(mutex_);
+  if (const auto found = entries_.find(id); found != entries_.end()) found->second.limits = limits;
+}
+
+std::optional<std::string> Client::demand(const LeaseDemand& demand) {
+  Call asking{Type::kDemand, demand.account};
+  asking.demand = &demand;
+  try {
+    call(asking, demand.deadline + std::chrono::duration_cast<Clock::duration>(
+                                       std::chrono::duration<double>(kGrace)));
+  } catch (const Error& error) {
+    if (error.kind() == Kind::kClosed) throw;
+    const Lock lock(mutex_);
+    const auto found = entries_.find(demand.account);
+    if (found != entries_.end() && !found->second.refused.empty()) return found->second.refused;
+    return error.what();
+  }
+  return std::nullopt;
+}
+
+void Client::give_back(AccountId id, size_t bytes) noexcept {
+  const Lock lock(mutex_);
+  const auto found = entries_.find(id);
+  if (bytes == 0 || found == entries_.end()) return;
+  if (found->second.remote) {
+    post(0, Return{*found->second.remote, 0, bytes});
+  } else {
+    found->second.unreturned += bytes;
+  }
+}
+
+void Client::changed() noexcept {
+  if (!dirty_.exchange(true)) connection_.wake();
+}
+
+void Client::stop(bool nothing_left) noexcept {
+  {
+    const Lock lock(mutex_);
+    if (stopping_) return;
+    stopping_ = true;
+    for (auto& [request, call] : calls_) {
+      if (call->settling || call->done) continue;
+      call->error.emplace(Kind::kClosed, "the arena has been closed; open a new one");
+      call->done = true;
+    }
+    answered_.notify_all();
+    chore_.notify_all();
+  }
+  connection_.wake();
+  if (receiver_.joinable()) receiver_.join();
+  if (nothing_left) post(0, Bye{});
+  connection_.disconnect();
+  // A reclaimer that let go of the arena's last reference ends it from here.
+  if (worker_.get_id() == std::this_thread::get_id()) {
+    worker_.detach();
+  } else if (worker_.joinable()) {
+    worker_.join();
+  }
+}
+
+// The receiving thread.
+
+void Client::listen() {
+  Bytes message;
+  for (;;) {
+    {
+      const Lock lock(mutex_);
+      if (stopping_) return;
+    }
+    try {
+      if (!connected()) rejoin();
+      const bool due = dirty_.load();
+      switch (connection_.wait(due ? next_report_ : deadline_in(kIdle), message)) {
+        case Connection::Event::kGone:
+          lose();
+          break;
+        case Connection::Event::kMessage:
+          handle(message);
+          break;
+        case Connection::Event::kNothing:
+          break;
+      }
+      if (dirty_.load() && Clock::now() >= next_report_) report();
+    } catch (const Error&) {
+      // No broker, or one that cannot be understood: what is leased stays, and it is tried again.
+      lose();
+      connection_.wait(deadline_in(kAgain), message);
+    }
+  }
+}
+
+void Client::lose() noexcept {
+  connection_.disconnect();
+  const Lock lock(mutex_);
+  openings_.clear();
+  for (auto& [id, entry] : entries_) {
+    entry.remote.reset();
+    entry.unreturned = 0;
+  }
+  for (auto& [request, call] : calls_) call->sent = false;
+}
+
+void Client::rejoin() {
+  handshake(deadline_in(1.0));
+  // Between the look at a lease and the OPEN that tells of it nothing goes back: the arena's lock is held.
+  arena_->visit_leases([this](AccountId id, size_t lease) {
+    const Lock lock(mutex_);
+    const auto found = entries_.find(id);
+    if (found == entries_.end()) return;
+    for (const auto& [request, call] : calls_) {
+      if (call->type == Type::kOpen && call->account == id) return;
+    }
+    send_open(id, found->second, lease);
+  });
+  const Lock lock(mutex_);
+  for (auto& [request, call] : calls_) try_send(request, *call);
+}
+
+void Client::send_open(AccountId id, Entry& entry, size_t lease) {
+  const uint64_t request = next_request_++;
+  openings_[request] = id;
+  entry.unreturned = 0;
+  entry.refused.clear();
+  entry.held = entry.idle = 0;
+  entry.rungs = 0;
+  Open open{};
+  open.name = Text<64>(entry.name);
+  open.priority = Text<32>(entry.priority);
+  open.limits = WireLimits(entry.limits);
+  open.lease = lease;
+  post(request, open);
+}
+
+std::optional<AccountId> Client::local(uint32_t remote) const {
+  const Lock lock(mutex_);
+  for (const auto& [id, entry] : entries_) {
+    if (entry.remote == remote) return id;
+  }
+  return std::nullopt;
+}
+
+void Client::finish(uint64_t request, std::optional<Error> error) {
+  const Lock lock(mutex_);
+  const auto found = calls_.find(request);
+  if (found == calls_.end()) return;
+  found->second->error = std::move(error);
+  found->second->done = true;
+  found->second->settling = false;
+  answered_.notify_all();
+}
+
+void Client::handle(const Bytes& message) {
+  const auto header = header_of(message.data(), message.size());
+  if (!header) throw Error(Kind::kBroker, "broker at " + path() + ": what it sent is no message");
+  switch (static_cast<Type>(header->type)) {
+    case Type::kOpened:
+      return on_opened(*header, body_of<Opened>(message.data(), message.size()));
+    case Type::kDone:
+      return finish(header->request, std::nullopt);
+    case Type::kRefused:
+    case Type::kDenied:
+      return on_refused(*header, refusal_of(message.data(), message.size()));
+    case Type::kGrant:
+      return on_grant(*header, body_of<Granted>(message.data(), message.size()));
+    case Type::kAsk:
+      return on_ask(*header, body_of<Ask>(message.data(), message.size()));
+    case Type::kSet:
+      return on_set(body_of<Set>(message.data(), message.size()));
+    default:
+      throw Error(Kind::kBroker, "broker at " + path() + ": it sent a message of an unknown type");
+  }
+}
+
+void Client::on_opened(const Header& header, const Opened& opened) {
+  const Limits limits = opened.limits.limits();
+  std::optional<Set> differs;
+  {
+    const Lock lock(mutex_);
+    const auto opening = openings_.find(header.request);
+    if (opening == openings_.end()) return;
+    const AccountId id = opening->second;
+    openings_.erase(opening);
+    const auto found = entries_.find(id);
+    if (found == entries_.end()) {
+      post(0, Close{opened.account, 0});
+      return;
+    }
+    Entry& entry = found->second;
+    entry.remote = opened.account;
+    if (const size_t bytes = std::exchange(entry.unreturned, 0)) post(0, Return{opened.account, 0, bytes});
+    if (const auto call = calls_.find(header.request); call != calls_.end()) call->second->limits = limits;
+    const WireLimits before(entry.limits);
+    const bool same = std::memcmp(&before, &opened.limits, sizeof before) == 0;
+    if (!same && calls_.count(header.request) == 0)
+      differs = Set{opened.account, 0, Text<32>(entry.priority), opened.limits};
+    entry.limits = limits;
+    for (auto& [request, call] : calls_) {
+      if (call->account == id) try_send(request, *call);
+    }
+  }
+  finish(header.request, std::nullopt);
+  if (differs) on_set(*differs);
+  changed();
+}
+
+void Client::on_refused(const Header& header, const Error& why) {
+  {
+    const Lock lock(mutex_);
+    if (const auto opening = openings_.find(header.request); opening != openings_.end()) {
+      if (const auto found = entries_.find(opening->second); found != entries_.end())
+        found->second.refused = why.what();
+      openings_.erase(opening);
+    }
+  }
+  finish(header.request, why);
+}
+
+void Client::on_grant(const Header& header, const Granted& granted) {
+  const auto id = local(granted.account);
+  if (!id) return;
+  bool waiting = false;
+  size_t take = 0;
+  {
+    const Lock lock(mutex_);
+    if (const auto found = calls_.find(header.request); found != calls_.end()) {
+      found->second->settling = waiting = true;
+      take = found->second->demand->take ? found->second->demand->bytes : 0;
+    }
+  }
+  std::optional<Error> error;
+  try {
+    if (!arena_->leased(*id, granted.bytes, take))
+      error.emplace(Kind::kOutOfMemory, "the account's limits were lowered meanwhile");
+  } catch (const Error& closed) {
+    error = closed;
+  }
+  finish(header.request, std::move(error));
+  // Nobody waits any more: it is not kept from others.
+  if (!waiting) arena_->collect_quietly();
+}
+
+void Client::on_ask(const Header& header, const Ask& ask) {
+  const auto id = local(ask.account);
+  const uint64_t request = header.request;
+  const auto answer = [this, request, account = ask.account, on = connection_.number()](
+                          size_t bytes, size_t coming, bool last) {
+    const Gave gave{account, last ? kLastAnswer : 0, bytes, coming};
+    connection_.send(on, encode(request, gave));
+  };
+  if (!id) return answer(0, 0, true);
+  Rung worst = ask.rung <= static_cast<uint32_t>(Rung::kPause) ? static_cast<Rung>(ask.rung) : Rung::kTrim;
+  {
+    // A thread that may hold the GIL waits for memory: a reclaimer that needs the GIL would wait for it.
+    const Lock lock(mutex_);
+    for (const auto& [number, call] : calls_) {
+      if (call->demand != nullptr) worst = std::min(worst, call->demand->own);
+    }
+  }
+  Yielded now;
+  const std::string demander = ask.demander.str();
+  try {
+    now = arena_->yield(*id, ask.bytes, Rung::kTrim, Clock::now(), demander, [](size_t) {});
+  } catch (const Error&) {
+    return answer(0, 0, true);  // the account has gone, and its bytes with it
+  }
+  const size_t rest = ask.bytes - now.bytes;
+  const bool last = rest == 0 || (worst == Rung::kTrim && now.coming == 0);
+  answer(now.bytes, now.coming, last);
+  if (last) return;
+  // The last answer leaves before the deadline, not at it.
+  const Deadline deadline = deadline_in(static_cast<double>(ask.timeout) * 0.9e-6);
+  add_chore([id = *id, rest, worst, deadline, demander, answer](Arena& arena) {
+    try {
+      arena.yield(id, rest, worst, deadline, demander, [&](size_t bytes) { answer(bytes, 0, false); });
+    } catch (const Error&) {
+      // Closed meanwhile: what it held came back by itself.
+    }
+    answer(0, 0, true);
+  });
+}
+
+void Client::on_set(const Set& set) {
+  const auto id = local(set.account);
+  if (!id) return;
+  const Limits limits = set.limits.limits();
+  const std::string priority = set.priority.str();
+  {
+    const Lock lock(mutex_);
+    if (const auto found = entries_.find(*id); found != entries_.end()) {
+      found->second.limits = limits;
+      found->second.priority = priority;
+    }
+  }
+  add_chore([id = *id, limits, priority](Arena& arena) {
+    try {
+      arena.limits_changed(id, priority, limits, deadline_in(1.0));
+    } catch (const Error&) {
+      // Closed meanwhile.
+    }
+  });
+}
+
+void Client::report() {
+  dirty_ = false;
+  next_report_ = deadline_in(kReports);
+  ArenaState state;
+  try {
+    state = arena_->state();
+  } catch (const Error&) {
+    return;  // closed
+  }
+  bool moved = false;
+  const Lock lock(mutex_);
+  for (const AccountState& account : state.accounts) {
+    const auto found = entries_.find(account.holding.id);
+    if (found == entries_.end() || !found->second.remote) continue;
+    Entry& entry = found->second;
+    const size_t idle = account.idle.ready + account.idle.pending;
+    uint32_t rungs = 0;
+    for (const Rung rung : account.rungs) rungs |= 1U << static_cast<uint32_t>(rung);
+    if (entry.held == account.holding.held && entry.idle == idle && entry.rungs == rungs) continue;
+    entry.held = account.holding.held;
+    entry.idle = idle;
+    entry.rungs = rungs;
+    post(0, Report{*entry.remote, rungs, entry.held, entry.idle});
+    moved = true;
+  }
+  // What is idle moves without a word: as long as anything moves it is looked at again.
+  if (moved) dirty_ = true;
+}
+
+// The thread for what takes long.
+
+void Client::add_chore(Chore chore) {
+  const Lock lock(mutex_);
+  if (stopping_) return;
+  chores_.push_back(std::move(chore));
+  if (!worker_.joinable()) worker_ = std::thread([self = shared_from_this()] { self->work(); });
+  chore_.notify_one();
+}
+
+void Client::work() {
+  for (;;) {
+    Chore chore;
+    {
+      Lock lock(mutex_);
+      chore_.wait(lock, [this] { return stopping_ || !chores_.empty(); });
+      if (stopping_) return;
+      chore = std::move(chores_.front());
+      chores_.pop_front();
+    }
+    if (const std::shared_ptr<Arena> arena = owner_.lock()) chore(*arena);
+  }
+}
+
+}  // namespace tem::client
