@@ -16,6 +16,8 @@ PYTHON_LAYERS = (
     ("units",),
     ("priority", "snapshot"),
     ("_C", "_torch", "_torch_cuda"),
+    ("broker",),
+    ("observe",),
     ("device", "elastic_range", "extension", "residency_check"),
     ("cpu_allocator",),
     ("account",),
@@ -23,7 +25,7 @@ PYTHON_LAYERS = (
     ("block_pool", "defaults"),
     ("torch_cuda",),
     ("__init__",),
-    ("activate", "demo", "integrations"),
+    ("activate", "demo", "integrations", "screen"),
     ("cli",),
 )
 # What these must not import while they are imported themselves; inside a function they may.
@@ -33,7 +35,17 @@ NEVER_AT_IMPORT = {
     "activate": {"torch", "torch_elastic_mem._C", "torch_elastic_mem.torch_cuda"},
     "arena": {"torch", "rich", "matplotlib"},
     "elastic_range": {"torch"},
-    "cli": {"torch", "rich", "matplotlib", "torch_elastic_mem.demo", "torch_elastic_mem._C"},
+    "observe": {"torch", "rich", "matplotlib"},
+    "screen": {"torch", "matplotlib"},
+    "broker": {"torch", "rich", "matplotlib"},
+    "cli": {
+        "torch",
+        "rich",
+        "matplotlib",
+        "torch_elastic_mem.demo",
+        "torch_elastic_mem.screen",
+        "torch_elastic_mem._C",
+    },
 }
 
 # A folder of csrc/ may include itself and these.
