@@ -64,10 +64,15 @@ class Rung(ABC):
         reserve: tuple[int | str, int | str] = (0, 0),
         yield_timeout: float = 1.0,
         device: str | None = None,
+        broker: str | None = None,
     ) -> tem.Arena:
         """An open arena; the test need not close it."""
         made = tem.Arena(
-            device or self.device, capacity=capacity, reserve=reserve, yield_timeout=yield_timeout
+            device or self.device,
+            capacity=capacity,
+            reserve=None if broker else reserve,
+            yield_timeout=yield_timeout,
+            broker=broker,
         )
         self._arenas.append(made)
         return made

@@ -228,6 +228,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   size_t leases() const;
   size_t budget() const { return upstream_ ? leases() : ledger_.leasable(); }
   size_t unused(AccountId id) const;
+  size_t unused_kept() const;
   size_t take_lease(AccountId id, size_t bytes) noexcept;
   void return_leases() noexcept;
   bool wait_for_lease(Lock& lock, AccountId id, size_t bytes, Deadline deadline);

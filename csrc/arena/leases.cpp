@@ -9,9 +9,6 @@
 namespace tem {
 namespace {
 
-/// Unused lease that an account keeps, so that growth by small steps costs no message. Nothing lies behind it,
-/// and it is the first thing to go when another account wants memory.
-constexpr size_t kUnusedKept = kMaxExtent;
 constexpr auto kRoomPoll = std::chrono::milliseconds(20);
 
 }  // namespace
@@ -20,6 +17,12 @@ size_t Arena::leases() const {
   size_t sum = 0;
   for (const auto& [id, account] : ledger_.accounts()) sum += account.lease;
   return sum;
+}
+
+/// Unused lease that an account keeps, so that growth by small steps costs no message. Nothing need lie behind
+/// it, and it is the first thing to go when another account wants memory.
+size_t Arena::unused_kept() const {
+  return std::clamp(round_down(ledger_.capacity() / 64, granularity()), granularity(), kMaxExtent);
 }
 
 size_t Arena::unused(AccountId id) const {
@@ -46,7 +49,7 @@ size_t Arena::take_lease(AccountId id, size_t bytes) noexcept {
 void Arena::return_leases() noexcept {
   for (const auto& [id, account] : ledger_.accounts()) {
     const size_t idle = unused(id);
-    const size_t keep = std::min(kUnusedKept, ledger_.capacity() / 64);
+    const size_t keep = unused_kept();
     if (idle <= keep) continue;
     if (const size_t bytes = take_lease(id, idle - keep)) upstream_->give_back(id, bytes);
   }
@@ -74,7 +77,7 @@ Grant Arena::acquire_leased(Lock& lock, AccountId id, size_t bytes, Deadline dea
     LeaseDemand demand;
     demand.account = id;
     demand.bytes = bytes - held;
-    demand.want = demand.bytes + std::min(kUnusedKept, ledger_.capacity() / 64);
+    demand.want = demand.bytes + unused_kept();
     demand.others = others;
     demand.own = worst;
     demand.deadline = deadline;
@@ -94,7 +97,15 @@ Grant Arena::acquire_leased(Lock& lock, AccountId id, size_t bytes, Deadline dea
         if (held < bytes && trim_seats(id, bytes - held, SIZE_MAX, true, nullptr) != 0) hold();
       }
     }
-    if (held < bytes || group != nullptr) ask(Rung::kPause);
+    if (group != nullptr) ask(Rung::kPause);
+    while (held < bytes && group == nullptr) {
+      ask(Rung::kPause);
+      if (!why) break;
+      // Another thread's demand may have brought more than it needs.
+      const size_t before = held;
+      hold();
+      if (held == before) break;
+    }
     require_open();
   } catch (...) {
     if (held != 0) give_back(id, held);

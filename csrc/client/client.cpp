@@ -12,7 +12,7 @@ constexpr double kAnswer = 5.0;    // seconds for an answer that needs nobody's 
 constexpr double kGrace = 0.1;     // beyond a demand's deadline, by which the broker has answered it
 constexpr double kAgain = 0.1;     // between attempts to find a broker
 constexpr double kReports = 0.1;   // between reports
-constexpr double kIdle = 3600.0;
+constexpr double kLook = 1.0;      // between looks at what is idle, which moves without a word
 
 uint64_t microseconds(Deadline deadline) {
   const double left = std::max(0.0, seconds_until(deadline));
@@ -242,8 +242,7 @@ void Client::listen() {
     }
     try {
       if (!connected()) rejoin();
-      const bool due = dirty_.load();
-      switch (connection_.wait(due ? next_report_ : deadline_in(kIdle), message)) {
+      switch (connection_.wait(dirty_.load() ? next_report_ : next_look_, message)) {
         case Connection::Event::kGone:
           lose();
           break;
@@ -253,7 +252,7 @@ void Client::listen() {
         case Connection::Event::kNothing:
           break;
       }
-      if (dirty_.load() && Clock::now() >= next_report_) report();
+      if (Clock::now() >= (dirty_.load() ? next_report_ : next_look_)) report();
     } catch (const Error&) {
       // No broker, or one that cannot be understood: what is leased stays, and it is tried again.
       lose();
@@ -476,13 +475,13 @@ void Client::on_set(const Set& set) {
 void Client::report() {
   dirty_ = false;
   next_report_ = deadline_in(kReports);
+  next_look_ = deadline_in(kLook);
   ArenaState state;
   try {
     state = arena_->state();
   } catch (const Error&) {
     return;  // closed
   }
-  bool moved = false;
   const Lock lock(mutex_);
   for (const AccountState& account : state.accounts) {
     const auto found = entries_.find(account.holding.id);
@@ -496,10 +495,7 @@ void Client::report() {
     entry.idle = idle;
     entry.rungs = rungs;
     post(0, Report{*entry.remote, rungs, entry.held, entry.idle});
-    moved = true;
   }
-  // What is idle moves without a word: as long as anything moves it is looked at again.
-  if (moved) dirty_ = true;
 }
 
 // The thread for what takes long.

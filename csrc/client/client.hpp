@@ -123,7 +123,7 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
   std::thread receiver_, worker_;
 
   std::atomic<bool> dirty_{false};
-  Deadline next_report_{};
+  Deadline next_report_{}, next_look_{};
 };
 
 }  // namespace tem::client

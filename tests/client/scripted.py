@@ -1,0 +1,201 @@
+"""A broker that does what the test says, and keeps the books that a broker would keep."""
+
+from __future__ import annotations
+
+import queue
+import select
+import socket
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from torch_elastic_mem.broker.protocol import (
+    LAST,
+    OUT_OF_MEMORY,
+    Ask,
+    Bye,
+    Close,
+    Demand,
+    Denied,
+    Done,
+    Gave,
+    Grant,
+    Hello,
+    Limits,
+    Message,
+    Open,
+    Opened,
+    Refused,
+    Return,
+    Set,
+    SetLimits,
+    Welcome,
+    decode,
+    encode,
+)
+
+MiB = 1 << 20
+Kind = TypeVar("Kind", bound=Message)
+# What it answers to a demand: a message, or None for not yet.
+Policy = Callable[[Demand], Message | None]
+
+
+class Scripted:
+    """Listens at a path until it is closed. Thread-safe, but for one test at a time."""
+
+    def __init__(self, directory: Path, free: int = 64 * MiB, epoch: int = 1) -> None:
+        self.path = str(directory / "tenants.sock")
+        self.epoch = epoch
+        self.free = free
+        self.policy: Policy = self.grant_what_is_free
+        self.limits: Limits | None = None  # in force, whatever is asked for
+        self.refuse_hello: bytes | None = None
+        self.charged: dict[int, int] = defaultdict(int)
+        self.names: dict[int, str] = {}
+        self.log: list[tuple[int, Message]] = []
+        self._answers: dict[int, queue.Queue[Gave]] = {}
+        self._next = 1
+        self._changed = threading.Condition()
+        self._stop_reader, self._stop = socket.socketpair()
+        Path(self.path).unlink(missing_ok=True)
+        self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listening.bind(self.path)
+        self._listening.listen()
+        self._clients: list[socket.socket] = []
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    # What tests ask for.
+
+    def ask(self, account: int, nbytes: int, rung: int = 0, timeout: float = 5.0) -> list[Gave]:
+        """Sends an ASK and returns its answers, the last included."""
+        answers: queue.Queue[Gave] = queue.Queue()
+        with self._changed:
+            number = self._next
+            self._next += 1
+            self._answers[number] = answers
+        self.send(number, Ask(account, rung, nbytes, int(timeout * 1e6), "other/1"))
+        got = [answers.get(timeout=10)]
+        while not got[-1].flags & LAST:
+            got.append(answers.get(timeout=10))
+        return got
+
+    def send(self, request: int, message: Message) -> None:
+        self._clients[-1].send(encode(request, message))
+
+    def send_raw(self, data: bytes) -> None:
+        self._clients[-1].send(data)
+
+    def set_limits(self, account: int, priority: str, limits: Limits) -> None:
+        self.send(0, Set(account, priority, limits))
+
+    def got(self, kind: type[Kind]) -> list[Kind]:
+        """The messages of a kind that have come."""
+        with self._changed:
+            return [message for _, message in self.log if isinstance(message, kind)]
+
+    def await_count(self, kind: type[Kind], count: int, timeout: float = 10.0) -> list[Kind]:
+        """The messages of a kind once there are so many of them."""
+        with self._changed:
+            enough = self._changed.wait_for(
+                lambda: sum(isinstance(message, kind) for _, message in self.log) >= count, timeout
+            )
+            found = [message for _, message in self.log if isinstance(message, kind)]
+        assert enough, f"{len(found)} of {count} {kind.__name__} after {timeout} s: {self.log}"
+        return found
+
+    def await_charge(self, nbytes: int, timeout: float = 10.0) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: sum(self.charged.values()) == nbytes, timeout), dict(
+                self.charged
+            )
+
+    def answer(self, message: Message) -> None:
+        """To the demand that came last."""
+        with self._changed:
+            number = [number for number, message in self.log if isinstance(message, Demand)][-1]
+        if isinstance(message, Grant):
+            self.charged[message.account] += message.bytes
+        self.send(number, message)
+
+    def grant_what_is_free(self, demand: Demand) -> Message:
+        left = self.free - sum(self.charged.values())
+        if demand.bytes > left:
+            return Denied(OUT_OF_MEMORY, f"{left} bytes are free; others hold the rest")
+        return Grant(demand.account, min(demand.want, left))
+
+    def drop(self) -> None:
+        """Ends the connections; the listening socket stays."""
+        for client in self._clients:
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._stop.send(b"x")
+        self._thread.join(10)
+        for end in (self._listening, self._stop, self._stop_reader, *self._clients):
+            end.close()
+
+    # The thread.
+
+    def _serve(self) -> None:
+        while True:
+            ready, _, _ = select.select([self._listening, self._stop_reader, *self._clients], [], [])
+            for end in ready:
+                if end is self._stop_reader:
+                    return
+                if end is self._listening:
+                    self._clients.append(self._listening.accept()[0])
+                else:
+                    self._receive(end)
+
+    def _receive(self, client: socket.socket) -> None:
+        try:
+            data = client.recv(8192)
+        except OSError:
+            data = b""
+        if not data:
+            self._clients.remove(client)
+            client.close()
+            return
+        number, message = decode(data)
+        reply = self._book(number, message)
+        if isinstance(reply, bytes):
+            client.send(reply)
+        elif reply is not None:
+            client.send(encode(number, reply))
+
+    def _book(self, number: int, message: Message) -> Message | bytes | None:
+        reply: Message | bytes | None = None
+        if isinstance(message, Hello):
+            self.charged.clear()
+            reply = self.refuse_hello or Welcome(self.epoch, self.free)
+        elif isinstance(message, Open):
+            account = 100 + len(self.names)
+            self.names[account] = message.name
+            self.charged[account] = message.lease
+            reply = Opened(account, self.limits or message.limits)
+        elif isinstance(message, Close):
+            held = self.charged.pop(message.account)
+            reply = Done() if held == 0 else Refused(7, f"{held} bytes are leased to it")
+        elif isinstance(message, SetLimits):
+            reply = Done()
+        elif isinstance(message, Demand):
+            reply = self.policy(message)
+            if isinstance(reply, Grant):
+                self.charged[reply.account] += reply.bytes
+        elif isinstance(message, Return | Gave):
+            self.charged[message.account] -= message.bytes
+            assert self.charged[message.account] >= 0
+        with self._changed:
+            self.log.append((number, message))
+            if isinstance(message, Gave) and number in self._answers:
+                self._answers[number].put(message)
+            self._changed.notify_all()
+        return reply
+
+
+__all__ = ["Bye", "Scripted"]
