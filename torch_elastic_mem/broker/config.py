@@ -32,9 +32,11 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     capacity: Size | None = None
     reserve: tuple[Size, Size] | None = None
 
-    def capacity_of(self, total: int) -> int:
+    def capacity_of(self, device: str, total: int) -> int:
         """Bytes of a device that has `total`."""
-        return total if self.capacity is None else min(total, parse_bytes(self.capacity))
+        if self.capacity is None:
+            return total // 2 if device == HOST else total
+        return min(total, parse_bytes(self.capacity))
 
     def reserve_of(self, backend: str, capacity: int) -> tuple[int, int]:
         """The two marks, in bytes: those given, else of what suits the device at most an eighth of it."""
@@ -154,7 +156,9 @@ def _check_device(name: str, device: DeviceConfig) -> None:
         return
     low, high = (parse_bytes(size) for size in device.reserve)
     if low > high:
-        raise InvalidArgument(f'device."{name}": reserve {list(device.reserve)} must be [low, high] with low <= high')
+        raise InvalidArgument(
+            f'device."{name}": reserve {list(device.reserve)} must be [low, high] with low <= high'
+        )
     if capacity is not None and high >= capacity:
         raise InvalidArgument(
             f'device."{name}": reserve {format_bytes(high)} leaves nothing of capacity {format_bytes(capacity)}'
@@ -178,15 +182,12 @@ def _check_keys(value: Any, kind: Any, where: str) -> None:
             if key not in hints:
                 close = difflib.get_close_matches(key, hints, 1)
                 hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(hints)}"
-                raise InvalidArgument(f"unknown key '{key}'{f' in {where[1:] or where}' if where else ''}; {hint}")
+                raise InvalidArgument(
+                    f"unknown key '{key}'{f' in {where[1:] or where}' if where else ''}; {hint}"
+                )
             _check_keys(each, hints[key], f"{where}.{key}")
 
 
 def memory_of_the_machine() -> int:
     """Bytes of memory that the kernel has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def default_total(device: str, total: int) -> int:
-    """What of a device may be shared at most: half of the machine's memory, all of a GPU."""
-    return memory_of_the_machine() // 2 if device == HOST else total

@@ -284,7 +284,9 @@ class _Codec:
         size = self._struct.size
         if len(data) != size and not (self._open_end and len(data) > size):
             name = self._kind.__name__.upper()
-            raise ProtocolError(f"a message of type {self._kind.TYPE} ({name}) of {len(data)} bytes, not {size}")
+            raise ProtocolError(
+                f"a message of type {self._kind.TYPE} ({name}) of {len(data)} bytes, not {size}"
+            )
         values = self._struct.unpack_from(data)
         if self._flat:
             return values[3], self._kind(*values[4:])
