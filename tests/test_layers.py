@@ -23,7 +23,7 @@ PYTHON_LAYERS = (
     ("block_pool", "defaults"),
     ("torch_cuda",),
     ("__init__",),
-    ("activate", "demo", "integrations"),
+    ("activate", "broker", "demo", "integrations"),
     ("cli",),
 )
 # What these must not import while they are imported themselves; inside a function they may.
@@ -32,8 +32,9 @@ NEVER_AT_IMPORT = {
     "account": {"torch", "torch_elastic_mem.cpu_allocator"},
     "activate": {"torch", "torch_elastic_mem._C", "torch_elastic_mem.torch_cuda"},
     "arena": {"torch", "rich", "matplotlib"},
+    "broker": {"torch", "rich", "matplotlib"},
     "elastic_range": {"torch"},
-    "cli": {"torch", "rich", "matplotlib", "torch_elastic_mem.demo", "torch_elastic_mem._C"},
+    "cli": {"torch", "rich", "matplotlib", "torch_elastic_mem.demo", "torch_elastic_mem.broker", "torch_elastic_mem._C"},
 }
 
 # A folder of csrc/ may include itself and these.

@@ -174,7 +174,7 @@ class Books:
     def demand(self, session: Session, request: int, message: Demand, now: float) -> None:
         """Grants, queues or denies a demand."""
         holder = self._of(session, message.account)
-        if message.rung > PAUSE and message.rung != FREE_ONLY or message.want < message.bytes:
+        if (message.rung > PAUSE and message.rung != FREE_ONLY) or message.want < message.bytes:
             raise ProtocolError(
                 f"a demand of {message.bytes} to {message.want} bytes up to rung {message.rung}"
             )

@@ -14,7 +14,7 @@ import torch_elastic_mem
 from torch_elastic_mem.broker.books import Books
 from torch_elastic_mem.broker.config import Config, LimitsConfig, memory_of_the_machine
 from torch_elastic_mem.broker.device import Device
-from torch_elastic_mem.broker.device_view import DeviceView, NoView
+from torch_elastic_mem.broker.device_view import DeviceView, NoView, Reading
 from torch_elastic_mem.broker.groups import Groups
 from torch_elastic_mem.broker.holder import Holder
 from torch_elastic_mem.broker.journal import Journal
@@ -138,7 +138,7 @@ class Broker:
         }
         for field, size in sizes.items():
             if field != "weight" and size != UNLIMITED:
-                parse_bytes(size)  # type: ignore[arg-type]  (it refuses what is no size)
+                parse_bytes(size)  # type: ignore[arg-type]  # it refuses what is no size
         try:
             rule = msgspec.convert({"name": name, "device": device, **sizes}, LimitsConfig)
         except msgspec.ValidationError as error:
@@ -300,13 +300,16 @@ class Broker:
 
     # Time.
 
-    def look(self) -> None:
-        """Looks at the devices that tenants are on, where there is something to see; a call of milliseconds."""
-        for books in self._books.values():
-            reading = self._view.read(books.device.uuid)
-            if reading is not None:
-                books.look(reading, self.clock())
-        self._turn(self.clock())
+    def visible(self) -> list[str]:
+        """The devices that something can be seen of."""
+        return [uuid for uuid, books in self._books.items() if books.device.used is not None]
+
+    def look(self, readings: dict[str, Reading]) -> None:
+        """Takes in what devices show, by UUID."""
+        now = self.clock()
+        for uuid, reading in readings.items():
+            self._books[uuid].look(reading, now)
+        self._turn(now)
 
     def wake(self) -> float:
         """When to call `tick` next, in seconds of the clock; infinity for never."""
@@ -322,8 +325,9 @@ class Broker:
 
     def _turn(self, now: float) -> None:
         """What one device's books have changed for another's, and who waits for it all."""
-        while any([books.stale and books.settle(now) is None for books in self._books.values()]):
-            pass
+        while stale := [books for books in self._books.values() if books.stale]:
+            for books in stale:
+                books.settle(now)
         for waiter in list(self._waiters):
             finished, answered = waiter
             if answered.done() or finished(now):

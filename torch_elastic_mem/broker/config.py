@@ -7,6 +7,7 @@ import os
 import tomllib
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,20 +111,57 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Grant(uid)
 
 
-def load(path: Path) -> Config:
-    """Reads a file.
+def read_table(path: Path) -> dict[str, Any]:
+    """Reads a file of TOML.
 
     Raises:
-        InvalidArgument: it cannot be read, or says something unknown or impossible; the message names the place.
+        InvalidArgument: it cannot be read, or is none.
     """
     try:
-        text = path.read_bytes()
+        return tomllib.loads(path.read_bytes().decode())
     except OSError as error:
         raise InvalidArgument(f"{path}: {error.strerror}") from None
-    try:
-        return parse(tomllib.loads(text.decode()))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, InvalidArgument) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidArgument(f"{path}: {error}") from None
+
+
+def merge(
+    table: dict[str, Any],
+    *,
+    capacities: Sequence[str] = (),
+    reserves: Sequence[str] = (),
+    metrics: int | None = None,
+    log: str | None = None,
+) -> Config:
+    """A file's table with what the command line says over it.
+
+    Args:
+        table: of the file.
+        capacities: "HOST=4GiB".
+        reserves: "HOST=64MiB,256MiB".
+        metrics: as in `Config`.
+        log: likewise.
+
+    Raises:
+        InvalidArgument: as for `parse`, or an option is not of that form.
+    """
+    table = dict(table)
+    devices = {name: dict(device) for name, device in dict(table.get("device", {})).items()}
+    for text in capacities:
+        name, size = _pair(text, "HOST=4GiB")
+        devices.setdefault(name, {})["capacity"] = size
+    for text in reserves:
+        name, sizes = _pair(text, "HOST=64MiB,256MiB")
+        devices.setdefault(name, {})["reserve"] = sizes.split(",")
+    given = {"device": devices or None, "metrics": metrics, "log": log}
+    return parse(table | {key: value for key, value in given.items() if value is not None})
+
+
+def _pair(text: str, example: str) -> tuple[str, str]:
+    name, equals, rest = text.rpartition("=")
+    if not equals or not name:
+        raise InvalidArgument(f"'{text}' is not of the form {example}")
+    return name, rest
 
 
 def parse(table: dict[str, Any]) -> Config:
@@ -166,7 +204,7 @@ def _check_device(name: str, device: DeviceConfig) -> None:
 
 
 def _check_keys(value: Any, kind: Any, where: str) -> None:
-    """msgspec says that a key is unknown; this says which one was meant."""
+    """Msgspec says that a key is unknown; this says which one was meant."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kind = next((each for each in typing.get_args(kind) if each is not types.NoneType), kind)
     inner = typing.get_args(kind)

@@ -70,7 +70,7 @@ def nvml_view() -> DeviceView:
         nvml.nvmlInit()
     except ImportError:
         return NoView()
-    except Exception as error:  # noqa: BLE001  (NVMLError is the module's own; anything else is raised again)
+    except Exception as error:
         if type(error).__mro__[-3].__name__ != "NVMLError":
             raise
         return NoView()

@@ -56,7 +56,7 @@ class Message(msgspec.Struct, frozen=True, gc=False):
     WIRE: ClassVar[str]
 
 
-class Hello(Message):
+class Hello(Message, frozen=True, gc=False):
     """A process and the device of its arena."""
 
     TYPE, WIRE = 1, "64s 16s 64s 64s Q Q"
@@ -68,7 +68,7 @@ class Hello(Message):
     granularity: int
 
 
-class Open(Message):
+class Open(Message, frozen=True, gc=False):
     """A new account; `lease` is what the process holds of it from before."""
 
     TYPE, WIRE = 2, "64s 32s limits Q"
@@ -78,14 +78,14 @@ class Open(Message):
     lease: int
 
 
-class Close(Message):
+class Close(Message, frozen=True, gc=False):
     """The end of an account."""
 
     TYPE, WIRE = 3, "I _"
     account: int
 
 
-class SetLimits(Message):
+class SetLimits(Message, frozen=True, gc=False):
     """LIMITS: what a process wants of its account."""
 
     TYPE, WIRE = 4, "I _ limits"
@@ -93,7 +93,7 @@ class SetLimits(Message):
     limits: Limits
 
 
-class Demand(Message):
+class Demand(Message, frozen=True, gc=False):
     """Asks for `bytes` to `want` bytes within `timeout` microseconds."""
 
     TYPE, WIRE = 5, "I I Q Q Q 64s I _ Q"
@@ -107,13 +107,13 @@ class Demand(Message):
     round: int = 0
 
 
-class Withdraw(Message):
+class Withdraw(Message, frozen=True, gc=False):
     """Takes a demand back that has the same number."""
 
     TYPE, WIRE = 6, ""
 
 
-class Return(Message):
+class Return(Message, frozen=True, gc=False):
     """Lease that is given back."""
 
     TYPE, WIRE = 7, "I _ Q"
@@ -121,7 +121,7 @@ class Return(Message):
     bytes: int
 
 
-class Gave(Message):
+class Gave(Message, frozen=True, gc=False):
     """Lease that is given back for an ASK; `coming` more waits for fences."""
 
     TYPE, WIRE = 8, "I I Q Q"
@@ -131,13 +131,13 @@ class Gave(Message):
     coming: int
 
 
-class Bye(Message):
+class Bye(Message, frozen=True, gc=False):
     """Nothing is held any more."""
 
     TYPE, WIRE = 9, ""
 
 
-class Report(Message):
+class Report(Message, frozen=True, gc=False):
     """What an account has in use, and the rungs that it has reclaimers for, a bit each."""
 
     TYPE, WIRE = 10, "I I Q Q"
@@ -147,7 +147,7 @@ class Report(Message):
     idle: int
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True, gc=False):
     """The broker's number, and what the device's ledger shares out."""
 
     TYPE, WIRE = 32, "Q Q"
@@ -155,7 +155,7 @@ class Welcome(Message):
     capacity: int
 
 
-class Refused(Message):
+class Refused(Message, frozen=True, gc=False):
     """No, and why."""
 
     TYPE, WIRE = 33, "I _ ..."
@@ -163,7 +163,7 @@ class Refused(Message):
     reason: str
 
 
-class Opened(Message):
+class Opened(Message, frozen=True, gc=False):
     """An account's number and the limits in force."""
 
     TYPE, WIRE = 34, "I _ limits"
@@ -171,13 +171,13 @@ class Opened(Message):
     limits: Limits
 
 
-class Done(Message):
+class Done(Message, frozen=True, gc=False):
     """Yes."""
 
     TYPE, WIRE = 35, ""
 
 
-class Grant(Message):
+class Grant(Message, frozen=True, gc=False):
     """Bytes leased."""
 
     TYPE, WIRE = 36, "I _ Q"
@@ -185,7 +185,7 @@ class Grant(Message):
     bytes: int
 
 
-class Denied(Message):
+class Denied(Message, frozen=True, gc=False):
     """No bytes, and why."""
 
     TYPE, WIRE = 37, "I _ ..."
@@ -193,7 +193,7 @@ class Denied(Message):
     reason: str
 
 
-class Ask(Message):
+class Ask(Message, frozen=True, gc=False):
     """Asks for `bytes` of an account's lease within `timeout` microseconds, no dearer than `rung`."""
 
     TYPE, WIRE = 38, "I I Q Q 64s"
@@ -204,7 +204,7 @@ class Ask(Message):
     demander: str
 
 
-class Set(Message):
+class Set(Message, frozen=True, gc=False):
     """Limits that the operator has changed."""
 
     TYPE, WIRE = 39, "I _ 32s limits"

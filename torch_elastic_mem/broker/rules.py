@@ -97,7 +97,7 @@ def in_force(
                 given[field] = UNLIMITED if size == UNLIMITED else parse_bytes(size)
     if not given:
         return priority, wanted
-    limits = wanted._replace(**given)  # type: ignore[arg-type]  (only weight is no int)
+    limits = wanted._replace(**given)  # type: ignore[arg-type]  # only weight is no int
     floor = max((int(given[field]) for field in ("min", "low") if field in given), default=0)
     if "max" not in given:
         limits = limits._replace(max=max(limits.max, floor))
