@@ -2,6 +2,8 @@
 
 #include <pybind11/stl.h>
 
+#include <map>
+#include <optional>
 #include <string>
 
 #include "bindings/bindings.hpp"
@@ -13,6 +15,10 @@ py::list list_of(const std::vector<Ask>& asks) {
   py::list out;
   for (const Ask& ask : asks) out.append(py::make_tuple(ask.victim, ask.bytes));
   return out;
+}
+
+const std::map<AccountId, size_t>* pointer(const std::optional<std::map<AccountId, size_t>>& bytes) {
+  return bytes ? &*bytes : nullptr;
 }
 
 }  // namespace
@@ -37,17 +43,27 @@ void bind_ledger(py::module_& module) {
       .def("room", &Ledger::room, py::arg("account"))
       .def("grant", &Ledger::grant, py::arg("account"), py::arg("bytes"))
       .def("give_back", &Ledger::give_back, py::arg("account"), py::arg("bytes"))
+      .def("charge", &Ledger::charge, py::arg("account"), py::arg("bytes"))
       .def("enqueue", &Ledger::enqueue, py::arg("account"), py::arg("bytes"))
       .def("shortage", &Ledger::shortage, py::arg("ticket"))
       .def("grant_ticket", &Ledger::grant_ticket, py::arg("ticket"))
       .def("withdraw", &Ledger::withdraw, py::arg("ticket"))
       .def(
           "plan",
-          [](const Ledger& self, AccountId id, size_t bytes) { return list_of(self.plan(id, bytes)); },
-          py::arg("account"), py::arg("bytes"))
+          [](const Ledger& self, AccountId id, size_t bytes, const std::optional<Givable>& givable,
+             const std::optional<Asked>& asked) {
+            return list_of(self.plan(id, bytes, pointer(givable), pointer(asked)));
+          },
+          py::arg("account"), py::arg("bytes"), py::arg("givable") = py::none(),
+          py::arg("asked") = py::none())
       .def(
-          "plan_shrink", [](const Ledger& self, size_t bytes) { return list_of(self.plan_shrink(bytes)); },
-          py::arg("bytes"))
+          "plan_shrink",
+          [](const Ledger& self, size_t bytes, const std::optional<Givable>& givable,
+             const std::optional<Asked>& asked) {
+            return list_of(self.plan_shrink(bytes, pointer(givable), pointer(asked)));
+          },
+          py::arg("bytes"), py::arg("givable") = py::none(), py::arg("asked") = py::none())
+      .def("holders", &Ledger::holders)
       .def_property_readonly("capacity", &Ledger::capacity)
       .def_property_readonly("leasable", &Ledger::leasable)
       .def_property_readonly("leased", &Ledger::leased)

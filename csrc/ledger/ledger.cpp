@@ -140,6 +140,12 @@ void Ledger::give_back(AccountId id, size_t bytes) {
   leased_ -= bytes;
 }
 
+void Ledger::charge(AccountId id, size_t bytes) {
+  Holding& account = entry(id);
+  leased_ = checked_add(leased_, bytes);
+  account.held += bytes;
+}
+
 Ticket Ledger::enqueue(AccountId id, size_t bytes) {
   queue_[next_ticket_] = Demand{id, bytes, at(id).limits.value};
   return next_ticket_++;
@@ -185,17 +191,17 @@ double Ledger::share(const Holding& account, size_t incoming) const {
 }
 
 std::vector<Ask> Ledger::collect(size_t bytes, AccountId demander, const Givable* givable,
-                                 const std::vector<Rule>& rules) const {
+                                 const Asked* asked, const std::vector<Rule>& rules) const {
   std::vector<Ask> asks;
-  const auto asked = [&](AccountId id) -> size_t {
+  const auto planned = [&](AccountId id) -> size_t {
     size_t sum = 0;
     for (const Ask& ask : asks) sum += ask.victim == id ? ask.bytes : 0;
     return sum;
   };
-  const auto can_give = [givable](AccountId id) {
-    if (givable == nullptr) return kUnlimited;
-    const auto found = givable->find(id);
-    return found == givable->end() ? 0 : found->second;
+  const auto in = [](const std::map<AccountId, size_t>* bytes, AccountId id, size_t otherwise) {
+    if (bytes == nullptr) return otherwise;
+    const auto found = bytes->find(id);
+    return found == bytes->end() ? 0 : found->second;
   };
   std::vector<const Holding*> order;
   for (const auto& [id, account] : accounts_) {
@@ -209,8 +215,9 @@ std::vector<Ask> Ledger::collect(size_t bytes, AccountId demander, const Givable
   for (const Rule& rule : rules) {
     size_t budget = std::min(bytes, above(rule.at_most, total));
     for (const Holding* account : order) {
-      const size_t most = std::min(rule.takeable(*account), can_give(account->id));
-      const size_t take = std::min(budget, above(most, asked(account->id)));
+      const size_t left = above(rule.takeable(*account), in(asked, account->id, 0));
+      const size_t most = std::min(left, in(givable, account->id, kUnlimited));
+      const size_t take = std::min(budget, above(most, planned(account->id)));
       if (take == 0) continue;
       budget -= take;
       bytes -= take;
@@ -232,7 +239,8 @@ std::vector<Ask> Ledger::collect(size_t bytes, AccountId demander, const Givable
   return merged;
 }
 
-std::vector<Ask> Ledger::plan(AccountId id, size_t bytes, const Givable* givable) const {
+std::vector<Ask> Ledger::plan(AccountId id, size_t bytes, const Givable* givable,
+                              const Asked* asked) const {
   const Holding& me = at(id);
   const int64_t value = me.limits.value;
   // Above `high` an account lives from what is free and from what others hold above their own `high`.
@@ -248,7 +256,7 @@ std::vector<Ask> Ledger::plan(AccountId id, size_t bytes, const Givable* givable
   };
   // What other classes yield first makes the shares of this one larger.
   size_t incoming = 0;
-  for (const Ask& ask : collect(bytes, id, givable, rules)) {
+  for (const Ask& ask : collect(bytes, id, givable, asked, rules)) {
     if (at(ask.victim).limits.value != value) incoming += ask.bytes;
   }
   const double below_share = share(me, incoming) - static_cast<double>(me.held);
@@ -264,11 +272,11 @@ std::vector<Ask> Ledger::plan(AccountId id, size_t bytes, const Givable* givable
   rules.push_back(
       {[=](const Holding& v) { return is_lower(v) ? above(v.held, v.limits.min) : 0; }, entitled});
   rules.push_back({[](const Holding& v) { return above(v.held, v.limits.min); }, guaranteed});
-  return collect(bytes, id, givable, rules);
+  return collect(bytes, id, givable, asked, rules);
 }
 
-std::vector<Ask> Ledger::plan_shrink(size_t bytes, const Givable* givable) const {
-  return collect(bytes, kNobody, givable,
+std::vector<Ask> Ledger::plan_shrink(size_t bytes, const Givable* givable, const Asked* asked) const {
+  return collect(bytes, kNobody, givable, asked,
                  {
                      {[](const Holding& v) { return above(v.held, v.limits.high); }},
                      {[](const Holding& v) { return above(v.held, std::max(v.limits.min, v.limits.low)); }},

@@ -54,6 +54,8 @@ struct Ask {
 
 /// What accounts can give at the moment; who is not named can give nothing.
 using Givable = std::map<AccountId, size_t>;
+/// What accounts have been asked for and have not given yet.
+using Asked = std::map<AccountId, size_t>;
 
 /// A place in the queue of demands that could not be granted at once.
 using Ticket = uint64_t;
@@ -89,6 +91,9 @@ class Ledger {
   bool grant(AccountId id, size_t bytes);
   void set_lease(AccountId id, size_t bytes) { entry(id).lease = bytes; }
   void give_back(AccountId id, size_t bytes);
+  /// Leases what `id` holds already, as known from elsewhere: also where there is no room, above `max` and
+  /// ahead of the queue (see overdrawn).
+  void charge(AccountId id, size_t bytes);
 
   /// Queues a demand: from now on freed bytes are kept for it from equal and lower classes that come later.
   Ticket enqueue(AccountId id, size_t bytes);
@@ -101,10 +106,13 @@ class Ledger {
   size_t queued() const;
 
   /// Who should yield so that `id` gets `bytes` more, in the order to ask. May sum to less than `bytes`.
-  /// Without `givable` everybody can give all that may be taken.
-  std::vector<Ask> plan(AccountId id, size_t bytes, const Givable* givable = nullptr) const;
+  /// Without `givable` everybody can give all that may be taken. `asked` is on its way back already, so a
+  /// limit protects what is left after it.
+  std::vector<Ask> plan(AccountId id, size_t bytes, const Givable* givable = nullptr,
+                        const Asked* asked = nullptr) const;
   /// Who should yield so that `bytes` come back to the device: as for a demand above every class.
-  std::vector<Ask> plan_shrink(size_t bytes, const Givable* givable = nullptr) const;
+  std::vector<Ask> plan_shrink(size_t bytes, const Givable* givable = nullptr,
+                               const Asked* asked = nullptr) const;
 
   /// "serving holds 3 GiB of max 4 GiB; training holds 1 GiB": for messages.
   std::string holders() const;
@@ -122,7 +130,7 @@ class Ledger {
   size_t room_ahead(const Holding& account, size_t ahead) const;
   double share(const Holding& account, size_t incoming) const;
   void admit(const Limits& limits, const std::string& name, AccountId replacing, size_t leasable) const;
-  std::vector<Ask> collect(size_t bytes, AccountId demander, const Givable* givable,
+  std::vector<Ask> collect(size_t bytes, AccountId demander, const Givable* givable, const Asked* asked,
                            const std::vector<Rule>& rules) const;
   Holding& entry(AccountId id);
 

@@ -43,7 +43,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.capacity, self.reserve = 100, 10
         self.model: dict[int, Account] = {}
         self.queue: dict[int, Demand] = {}
-        self.lowered = False
+        self.overdrawn = False
         self.names = 0
 
     @property
@@ -121,7 +121,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         self.ledger.set_capacity(capacity, reserve)
         self.capacity, self.reserve = capacity, reserve
-        self.lowered = self.leased > self.leasable
+        self.overdrawn = self.leased > self.leasable
 
     @rule(number=accounts, size=SIZES)
     def grant(self, number: int, size: int) -> None:
@@ -144,6 +144,16 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         self.ledger.give_back(number, size)
         self.model[number].held -= size
+
+    @rule(number=accounts, size=st.integers(0, 40))
+    def charge(self, number: int, size: int) -> None:
+        if number not in self.model:
+            with pytest.raises(ClosedError):
+                self.ledger.charge(number, size)
+            return
+        self.ledger.charge(number, size)
+        self.model[number].held += size
+        self.overdrawn = self.leased > self.leasable
 
     @rule(target=tickets, number=accounts, size=SIZES)
     def enqueue(self, number: int, size: int) -> object:
@@ -187,9 +197,9 @@ class LedgerMachine(RuleBasedStateMachine):
             assert self.ledger.held(number) == account.held
 
     @invariant()
-    def leases_never_exceed_what_is_leasable_unless_it_was_lowered(self) -> None:
-        self.lowered = self.lowered and self.leased > self.leasable
-        assert self.leased <= self.leasable or self.lowered
+    def leases_exceed_what_is_leasable_only_after_a_charge_or_a_lowered_capacity(self) -> None:
+        self.overdrawn = self.overdrawn and self.leased > self.leasable
+        assert self.leased <= self.leasable or self.overdrawn
 
     @invariant()
     def every_min_fits(self) -> None:

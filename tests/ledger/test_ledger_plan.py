@@ -252,3 +252,27 @@ def test_a_lower_class_gives_all_it_must_before_a_higher_one_is_asked(specs: lis
         higher = [other for other, its in lower if its.value > spec.value]
         if any(asks.get(other, 0) for other in higher):
             assert asks.get(name, 0) >= unprotected
+
+
+def test_who_can_give_little_is_asked_for_that_and_others_for_the_rest() -> None:
+    book = Book(100, a=Spec(0, held=40), b=Spec(0, held=30), me=Spec(100))
+    a, b = book.ids["a"], book.ids["b"]
+    assert book.ledger.plan(book.ids["me"], 20, {a: 5, b: 30}) == [(a, 5), (b, 15)]
+    assert book.ledger.plan(book.ids["me"], 20, {b: 3}) == [(b, 3)]
+    assert book.ledger.plan_shrink(20, {b: 3}) == [(b, 3)]
+
+
+def test_limits_protect_what_is_left_after_what_was_asked_already() -> None:
+    book = Book(100, victim=Spec(0, held=40, min=10), me=Spec(100))
+    victim, me = book.ids["victim"], book.ids["me"]
+    assert book.ledger.plan(me, 40, None, {victim: 25}) == [(victim, 5)]
+    assert book.ledger.plan_shrink(40, None, {victim: 30}) == []
+
+
+def test_a_charge_may_overdraw_and_holds_up_others_until_it_is_back() -> None:
+    ledger = _C.Ledger(100, 10)
+    back, other = ledger.open("back", _C.Limits(0, max=50)), ledger.open("other", _C.Limits(100))
+    ledger.charge(back, 120)
+    assert (ledger.held(back), ledger.free, ledger.overdrawn) == (120, 0, 30)
+    assert not ledger.grant(other, 1)
+    assert ledger.plan_shrink(30) == [(back, 30)]

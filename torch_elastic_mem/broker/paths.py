@@ -71,7 +71,9 @@ def prepare(directory: Path, group: int | None = None) -> Paths:
     """
     paths = Paths(directory)
     if len(os.fsencode(paths.tenants)) > LONGEST:
-        raise InvalidArgument(f"{paths.tenants} is too long for a socket's path; set {DIRECTORY} to a shorter one")
+        raise InvalidArgument(
+            f"{paths.tenants} is too long for a socket's path; set {DIRECTORY} to a shorter one"
+        )
     directory.parent.mkdir(parents=True, exist_ok=True)
     try:
         directory.mkdir(mode=0o700)

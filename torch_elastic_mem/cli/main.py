@@ -13,6 +13,7 @@ import torch_elastic_mem as tem
 COMMANDS = {
     "demo": "Train and serve a small model from one arena, and prove that nothing was lost.",
     "run": "Run a program whose torch draws its CUDA memory from an account.",
+    "serve": "Share the memory of this machine among its processes.",
 }
 
 

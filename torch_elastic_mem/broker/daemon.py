@@ -1,0 +1,244 @@
+"""A broker as a service: one in a directory, started, reloaded and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import grp
+import logging
+import os
+import resource
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch_elastic_mem.broker import log, systemd
+from torch_elastic_mem.broker.broker import Broker
+from torch_elastic_mem.broker.config import Config
+from torch_elastic_mem.broker.device_view import DeviceView, NoView, Reading, nvml_view
+from torch_elastic_mem.broker.paths import Paths, prepare
+from torch_elastic_mem.broker.peers import start_tick
+from torch_elastic_mem.broker.server import Server
+from torch_elastic_mem.errors import InUseError, InvalidArgument, TemError
+
+# How long tenants of a broker that died have to come back before memory that cannot be seen is granted again.
+GRACE = 0.5
+LOOK_EVERY = 0.1
+_DIRTY, _CLEAN = "dirty", "clean"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Running:
+    """A broker that serves, for what is built on top of it.
+
+    Attributes:
+        sockets: those that systemd has opened, by name, and nobody has taken.
+    """
+
+    broker: Broker
+    server: Server
+    paths: Paths
+    config: Config
+    sockets: dict[str, socket.socket] = field(default_factory=dict)
+
+
+# Something that runs beside the tenants' socket while the broker serves.
+Service = Callable[[Running], AbstractAsyncContextManager[object]]
+
+
+async def run(
+    read_config: Callable[[], Config],
+    directory: Path,
+    *,
+    services: Sequence[Service] = (),
+    view: DeviceView | None = None,
+    ready: Callable[[Running], None] = lambda running: None,
+    verbose: bool = False,
+    environment: Mapping[str, str] = os.environ,
+) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Args:
+        read_config: reads the configuration, now and at each SIGHUP.
+        directory: where the sockets are.
+        services: what runs beside, started in order.
+        view: of the devices; NVIDIA's where None.
+        ready: called once when tenants can connect.
+        verbose: log more.
+        environment: of systemd.
+
+    Raises:
+        InUseError: another broker serves there; the message has its pid.
+        InvalidArgument: the configuration or the directory will not do.
+        OSError: a socket or the log cannot be opened.
+    """
+    config = read_config()
+    with ExitStack() as stack:
+        handler = log.start(config.log, verbose)
+        stack.callback(log.stop, handler)
+        _raise_descriptors()
+        paths = prepare(directory, _group_id(config.group))
+        lock = stack.enter_context(_locked(paths.lock))
+        sockets = systemd.inherited(environment)
+        listener = sockets.pop("tenants", None) or listen(paths.tenants, config)
+        view = view or nvml_view()
+        grace = GRACE if lock.found_dirty else 0.0
+        loop = asyncio.get_running_loop()
+        broker = Broker(config, view, grace, start_tick(os.getpid()), loop.time)
+        server = Server(broker, listener)
+        running = Running(broker, server, paths, config, sockets)
+        lock.write(_DIRTY)
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+            stack.callback(loop.remove_signal_handler, number)
+        loop.add_signal_handler(signal.SIGHUP, _reload, running, read_config, handler)
+        stack.callback(loop.remove_signal_handler, signal.SIGHUP)
+        async with AsyncExitStack() as beside:
+            for service in services:
+                await beside.enter_async_context(service(running))
+            await beside.enter_async_context(_background(_look(running, view)))
+            await beside.enter_async_context(_background(_watchdog(environment)))
+            logger.info("serving at %s as process %d, epoch %d", paths.tenants, os.getpid(), broker.epoch)
+            systemd.notify(environment, "READY=1")
+            ready(running)
+            await stop.wait()
+            logger.info("stopping")
+            systemd.notify(environment, "STOPPING=1")
+        tenants = server.connections
+        server.close()
+        paths.tenants.unlink(missing_ok=True)
+        if not tenants:
+            lock.write(_CLEAN)
+
+
+def listen(path: Path, config: Config) -> socket.socket:
+    """Opens a socket for tenants, in the place of one that a broker has left behind.
+
+    The caller has the directory's lock, so nobody serves there.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        listener.bind(os.fspath(path))
+        group = _group_id(config.group)
+        if group is not None:
+            os.chown(path, -1, group)
+        os.chmod(path, 0o600 if group is None else 0o660)
+        listener.listen(1024)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+class _Lock:
+    """The locked file: who serves, and whether tenants were left."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.found_dirty = _DIRTY in os.pread(descriptor, 256, 0).decode(errors="replace")
+
+    def write(self, mark: str) -> None:
+        """Notes the pid and a mark."""
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{os.getpid()} {mark}\n".encode(), 0)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[_Lock]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(descriptor, 256, 0).decode(errors="replace").split(" ")[0] or "unknown"
+            raise InUseError(
+                f"another broker serves in {path.parent}: process {pid}; stop it, or give this one another directory"
+            ) from None
+        yield _Lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.asynccontextmanager
+async def _background(work: AsyncIterator[None]) -> AsyncIterator[None]:
+    async def drive() -> None:
+        async for _ in work:
+            pass
+
+    task = asyncio.create_task(drive())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def _look(running: Running, view: DeviceView) -> AsyncIterator[None]:
+    """Looks at the devices ten times a second, in a thread: a driver may take its time."""
+    if isinstance(view, NoView):
+        return
+    loop = asyncio.get_running_loop()
+
+    def read(uuids: list[str]) -> dict[str, Reading]:
+        found = {uuid: view.read(uuid) for uuid in uuids}
+        return {uuid: reading for uuid, reading in found.items() if reading is not None}
+
+    while True:
+        if uuids := running.broker.visible():
+            running.broker.look(await loop.run_in_executor(None, read, uuids))
+            running.server.flush()
+        await asyncio.sleep(LOOK_EVERY)
+        yield
+
+
+async def _watchdog(environment: Mapping[str, str]) -> AsyncIterator[None]:
+    seconds = systemd.watchdog_seconds(environment)
+    while seconds is not None:
+        systemd.notify(environment, "WATCHDOG=1")
+        await asyncio.sleep(seconds)
+        yield
+
+
+def _reload(running: Running, read_config: Callable[[], Config], handler: log.CountingHandler) -> None:
+    """Takes the configuration anew; one that will not do changes nothing."""
+    try:
+        config = read_config()
+        running.broker.configure(config)
+        running.config = config
+        if isinstance(handler, log.CountingFile):
+            handler.reopen()
+    except (TemError, OSError) as error:
+        logger.error("the configuration was not taken: %s", error)
+        return
+    running.server.flush()
+    logger.info("took the configuration")
+
+
+def _group_id(name: str | None) -> int | None:
+    if name is None:
+        return None
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise InvalidArgument(f"no group '{name}' on this machine; create it, or leave `group` out") from None
+
+
+def _raise_descriptors() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1 << 16 if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        # A lower limit holds fewer tenants, and the server lives with that.
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
