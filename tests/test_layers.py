@@ -23,7 +23,9 @@ PYTHON_LAYERS = (
     ("block_pool", "defaults"),
     ("torch_cuda",),
     ("__init__",),
-    ("activate", "broker", "demo", "integrations"),
+    ("broker",),
+    ("observe",),
+    ("activate", "demo", "integrations", "screen"),
     ("cli",),
 )
 # What these must not import while they are imported themselves; inside a function they may.
@@ -34,7 +36,17 @@ NEVER_AT_IMPORT = {
     "arena": {"torch", "rich", "matplotlib"},
     "broker": {"torch", "rich", "matplotlib"},
     "elastic_range": {"torch"},
-    "cli": {"torch", "rich", "matplotlib", "torch_elastic_mem.demo", "torch_elastic_mem.broker", "torch_elastic_mem._C"},
+    "cli": {
+        "torch",
+        "rich",
+        "matplotlib",
+        "torch_elastic_mem._C",
+        "torch_elastic_mem.broker.daemon",
+        "torch_elastic_mem.demo",
+        "torch_elastic_mem.screen",
+    },
+    "observe": {"torch", "rich", "matplotlib"},
+    "screen": {"torch", "matplotlib"},
 }
 
 # A folder of csrc/ may include itself and these.
