@@ -12,12 +12,11 @@ PACKAGE = "torch_elastic_mem"
 
 # A module or folder of the package may import those of earlier rows, and its own inside.
 PYTHON_LAYERS = (
-    ("errors",),
+    ("errors", "version"),
     ("units",),
     ("priority", "snapshot"),
     ("_C", "_torch", "_torch_cuda"),
     ("broker",),
-    ("observe",),
     ("device", "elastic_range", "extension", "residency_check"),
     ("cpu_allocator",),
     ("account",),
@@ -25,6 +24,7 @@ PYTHON_LAYERS = (
     ("block_pool", "defaults"),
     ("torch_cuda",),
     ("__init__",),
+    ("observe",),
     ("activate", "demo", "integrations", "screen"),
     ("cli",),
 )
@@ -35,17 +35,18 @@ NEVER_AT_IMPORT = {
     "activate": {"torch", "torch_elastic_mem._C", "torch_elastic_mem.torch_cuda"},
     "arena": {"torch", "rich", "matplotlib"},
     "elastic_range": {"torch"},
-    "observe": {"torch", "rich", "matplotlib"},
-    "screen": {"torch", "matplotlib"},
     "broker": {"torch", "rich", "matplotlib"},
     "cli": {
         "torch",
         "rich",
         "matplotlib",
+        "torch_elastic_mem._C",
+        "torch_elastic_mem.broker.daemon",
         "torch_elastic_mem.demo",
         "torch_elastic_mem.screen",
-        "torch_elastic_mem._C",
     },
+    "observe": {"torch", "rich", "matplotlib"},
+    "screen": {"torch", "matplotlib"},
 }
 
 # A folder of csrc/ may include itself and these.

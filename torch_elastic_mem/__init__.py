@@ -34,6 +34,7 @@ from torch_elastic_mem.errors import (
 # function is bound here, after that, and stays.
 from torch_elastic_mem.priority import PriorityClass, priority
 from torch_elastic_mem.units import format_bytes, parse_bytes
+from torch_elastic_mem.version import VERSION
 
 if TYPE_CHECKING:
     from torch_elastic_mem.account import Account, Group, Reservation
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from torch_elastic_mem.torch_cuda import TorchAllocator, torch_allocator
     from torch_elastic_mem.torch_hooks import is_out_of_memory
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _LAZY = {
     "Account": "account",

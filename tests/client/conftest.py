@@ -31,7 +31,9 @@ Opened = Callable[..., tuple[tem.Account, int]]
 def opened(arena: tem.Arena, broker: Scripted) -> Opened:
     """Opens an account; returns it and the broker's number of it."""
 
-    def open_account(name: str = "training", priority: str = "training", **limits: object) -> tuple[tem.Account, int]:
+    def open_account(
+        name: str = "training", priority: str = "training", **limits: object
+    ) -> tuple[tem.Account, int]:
         account = arena.account(name, priority, **limits)  # type: ignore[arg-type]
         number = next(number for number, known in broker.names.items() if known == name)
         return account, number

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import msgspec
 
-import torch_elastic_mem
 from torch_elastic_mem.broker.books import Books
 from torch_elastic_mem.broker.config import Config, LimitsConfig, memory_of_the_machine
 from torch_elastic_mem.broker.device import Device
@@ -43,6 +42,7 @@ from torch_elastic_mem.broker.state import Event, MachineState
 from torch_elastic_mem.errors import InvalidArgument, TemError
 from torch_elastic_mem.priority import priority as priority_class
 from torch_elastic_mem.units import parse_bytes
+from torch_elastic_mem.version import VERSION
 
 
 class Broker:
@@ -97,7 +97,7 @@ class Broker:
         """What every account of every device holds at this moment."""
         now = self.clock()
         return MachineState(
-            version=torch_elastic_mem.__version__,
+            version=VERSION,
             pid=os.getpid(),
             epoch=self.epoch,
             uptime=now - self._started,
