@@ -206,6 +206,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
     std::string priority;
     uint64_t given = 0, taken = 0, yields = 0, denied = 0;
     size_t reserved = 0;  // held for growths to come
+    size_t asked = 0;     // of its lease, by demands from outside that are being answered
   };
 
   Arena(std::shared_ptr<Backend> backend, const Options& options, std::shared_ptr<Upstream> upstream);

@@ -49,7 +49,7 @@ size_t Arena::take_lease(AccountId id, size_t bytes) noexcept {
 void Arena::return_leases() noexcept {
   for (const auto& [id, account] : ledger_.accounts()) {
     const size_t idle = unused(id);
-    const size_t keep = unused_kept();
+    const size_t keep = unused_kept() + tallies_.at(id).asked;
     if (idle <= keep) continue;
     if (const size_t bytes = take_lease(id, idle - keep)) upstream_->give_back(id, bytes);
   }
@@ -174,10 +174,13 @@ Yielded Arena::yield(AccountId id, size_t bytes, Rung worst, Deadline deadline, 
   Yielded out;
   Lock lock = this->lock();
   (void)ledger_.at(id);
+  // What comes free meanwhile goes to this demand, not back by itself.
+  tallies_.at(id).asked += bytes;
   const auto missing = [&]() -> size_t {
     if (ledger_.accounts().count(id) == 0) return 0;
     const size_t taken = take_lease(id, bytes - out.bytes);
     out.bytes += taken;
+    tallies_.at(id).asked -= taken;
     if (taken != 0) progress(taken);
     return bytes - out.bytes;
   };
@@ -188,7 +191,10 @@ Yielded Arena::yield(AccountId id, size_t bytes, Rung worst, Deadline deadline, 
             return {{id, std::min(wanted, own->second)}};
           });
   missing();
-  if (ledger_.accounts().count(id) != 0) out.coming = std::min(idle_of(id).pending, bytes - out.bytes);
+  if (ledger_.accounts().count(id) != 0) {
+    out.coming = std::min(idle_of(id).pending, bytes - out.bytes);
+    tallies_.at(id).asked -= bytes - out.bytes;
+  }
   settle_spare();
   return out;
 }
