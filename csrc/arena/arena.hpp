@@ -149,8 +149,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
 
   // For the upstream's threads.
 
-  /// A lease has come; `take` of it is charged for the caller that waits. False if its limits have changed
-  /// so that it may not hold them.
+  /// A lease has come; `take` bytes are charged at once for the caller that waits. False if the account may
+  /// not hold so many: another thread used what was there, or its limits were lowered.
   bool leased(AccountId id, size_t bytes, size_t take);
   /// Gives up to `bytes` of an account's lease: what is unused, idle extents, then by reclaimers up to
   /// `worst`. `progress` is told of each part when its memory has been released.

@@ -50,7 +50,7 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
               const Limits& limits) override;
   void close(AccountId id) override;
   void set_limits(AccountId id, const Limits& limits) override;
-  std::optional<std::string> demand(const LeaseDemand& demand) override;
+  LeaseAnswer demand(const LeaseDemand& demand) override;
   void stop(bool nothing_left) noexcept override;
   void give_back(AccountId id, size_t bytes) noexcept override;
   void changed() noexcept override;
@@ -74,6 +74,7 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
     bool sent = false;
     bool settling = false;  // the answer is here and is being booked
     bool done = false;
+    bool taken = false;
     std::optional<Error> error{};
   };
   using Lock = std::unique_lock<std::mutex>;
