@@ -99,7 +99,7 @@ class Accounts:
 
         The lowest is the lowest of those that hold memory, and what `min` guarantees is everybody's.
         """
-        if holder.lease + bytes <= holder.limits.min:
+        if not self.above_low or holder.lease + bytes <= holder.limits.min:
             return 0
         value = holder.limits.value
         above = any(other.lease and other.limits.value < value for other in self.holders.values())

@@ -7,9 +7,9 @@ post, and `wake` says when to call `settle`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
+from torch_elastic_mem.broker import words
 from torch_elastic_mem.broker.accounts import Accounts
 from torch_elastic_mem.broker.asks import Asks
 from torch_elastic_mem.broker.config import Grant as Rights
@@ -19,7 +19,7 @@ from torch_elastic_mem.broker.device_view import Reading
 from torch_elastic_mem.broker.groups import Groups
 from torch_elastic_mem.broker.holder import Holder
 from torch_elastic_mem.broker.journal import Journal
-from torch_elastic_mem.broker.need import Need, Queued, reserve_need, shrink_need
+from torch_elastic_mem.broker.need import Need, Queued
 from torch_elastic_mem.broker.pressure import Pressure
 from torch_elastic_mem.broker.protocol import (
     CLOSED,
@@ -28,7 +28,7 @@ from torch_elastic_mem.broker.protocol import (
     LAST,
     OUT_OF_MEMORY,
     PAUSE,
-    RUNGS,
+    UNLIMITED,
     Close,
     Demand,
     Denied,
@@ -44,6 +44,7 @@ from torch_elastic_mem.broker.protocol import (
     SetLimits,
 )
 from torch_elastic_mem.broker.queue import Queue
+from torch_elastic_mem.broker.reclaim import Reclaim
 from torch_elastic_mem.broker.rules import check_permitted, in_force
 from torch_elastic_mem.broker.session import Letter, Process, Session
 from torch_elastic_mem.broker.state import DeviceState
@@ -52,8 +53,6 @@ from torch_elastic_mem.units import format_bytes
 
 # The driver takes its time to free a dead process's memory; where nothing shows it, this is enough.
 DYING = 1.0
-
-Plan = Callable[[int, dict[int, int], dict[int, int]], list[tuple[int, int]]]
 
 
 class Books:
@@ -86,9 +85,7 @@ class Books:
         self._pressure = Pressure()
         self._asks = Asks(device.uuid, post, journal)
         self._queue = Queue(self.accounts, self._pressure)
-        self._reserve: Need | None = None
-        self._shrink: Need | None = None
-        self._orders: list[tuple[Need, list[Holder], int]] = []
+        self._reclaim = Reclaim(self.accounts, self._queue, self._asks)
         self._dying: list[tuple[Holder, float]] = []
 
     # What processes say.
@@ -172,14 +169,27 @@ class Books:
         self.settle(now)
 
     def demand(self, session: Session, request: int, message: Demand, now: float) -> None:
-        """Grants, queues or denies a demand."""
+        """Grants, queues or denies a demand.
+
+        Raises:
+            ProtocolError: it cannot be one.
+        """
         holder = self._of(session, message.account)
-        if (message.rung > PAUSE and message.rung != FREE_ONLY) or message.want < message.bytes:
+        free_only = message.rung == FREE_ONLY
+        if (message.rung > PAUSE and not free_only) or message.want < message.bytes:
             raise ProtocolError(
                 f"a demand of {message.bytes} to {message.want} bytes up to rung {message.rung}"
             )
         grace = now < self.grace
-        free_only = message.rung == FREE_ONLY
+        refusal = self._refusal(holder, message.bytes)
+        if refusal is None and not grace and not message.group:
+            kept = self.accounts.kept_free(holder, message.bytes)
+            room = self.accounts.ledger.room(holder.id)
+            if room >= message.bytes + kept and self.accounts.lease(holder, message.bytes):
+                self._grant(holder, request, message, now, now)
+                if self.accounts.above_low:
+                    self._reclaim.pursue(now)
+                return
         queued = Queued(
             demander=holder.title,
             top=-1 if free_only else message.rung,
@@ -190,23 +200,12 @@ class Books:
             demand=message,
         )
         if message.group:
-            words = self._groups.join(queued, self, now)
-            if words is not None:
-                self._answer_no(queued, INVALID if not message.members else OUT_OF_MEMORY, words, now)
+            no_member = self._groups.join(queued, self, now)
+            if no_member is not None:
+                self._answer_no(queued, OUT_OF_MEMORY if message.members else INVALID, no_member, now)
                 return
-        words = self._never(queued)
-        if words is not None:
-            self._deny(queued, words, now)
-            return
-        kept = 0 if grace else self.accounts.kept_free(holder, message.bytes)
-        at_once = (
-            not grace
-            and not message.group
-            and self.accounts.ledger.room(message.account) >= message.bytes + kept
-        )
-        if at_once and self.accounts.lease(holder, message.bytes):
-            self._grant(queued, now)
-            self._pursue(now)
+        if refusal is not None:
+            self._deny(queued, refusal, now)
             return
         self._queue.add(queued, now)
         self.settle(now)
@@ -215,7 +214,7 @@ class Books:
         """Denies a demand that its process does not want any more. One that has been answered is left alone."""
         for queued in list(self._queue):
             if queued.request == request and queued.holder.session is session:
-                self._deny(queued, f"{self._wish(queued)} was withdrawn", now)
+                self._deny(queued, f"{words.wish(queued.holder, queued.bytes)}, and has withdrawn it", now)
         self.settle(now)
 
     def give_back(self, session: Session, message: Return, now: float) -> None:
@@ -298,7 +297,7 @@ class Books:
 
     def reclaim(self, need: Need, holders: list[Holder], bytes: int, now: float) -> None:
         """Asks accounts for memory until `need` has gained it; see `settled`."""
-        self._orders.append((need, holders, bytes))
+        self._reclaim.order(need, holders, bytes)
         self.settle(now)
 
     def follow(self, limit: int, reserve: tuple[int, int], now: float) -> None:
@@ -310,28 +309,21 @@ class Books:
 
     def settled(self, need: Need, now: float) -> bool:
         """No more will come of an operator's need."""
-        for order in self._orders:
-            if order[0] is need:
-                done = need.gained >= order[2] or now >= need.deadline or need.rests > 0
-                if done:
-                    self._orders.remove(order)
-                return done
-        return True
+        return self._reclaim.settled(need, now)
 
     # Time.
 
     def wake(self, now: float) -> float:
         """When to call `settle` next; infinity for never."""
-        times = [need.rest_until for need in self._needs() if need.rest_until > now]
-        times += self._asks.times(now)
+        if not (self._queue or self._asks or self._dying or self._reclaim.busy):
+            return math.inf
+        times = [*self._reclaim.times(now), *self._asks.times(now), *(until for _, until in self._dying)]
         for queued in self._queue:
             times.append(queued.deadline)
             if queued.holder.cool > now:
                 times.append(queued.holder.cool)
         if self._queue and now < self.grace:
             times.append(self.grace)
-        times += [until for _, until in self._dying]
-        times += [need.deadline for need, _, _ in self._orders]
         return min(times, default=math.inf)
 
     def settle(self, now: float) -> None:
@@ -347,10 +339,11 @@ class Books:
             overdue = [queued for queued in self._queue if now >= queued.deadline]
             for queued in overdue:
                 if queued.open:
-                    self._deny(queued, self._late(queued, now), now)
+                    self._deny(queued, words.too_late(queued, self.device.label, self.accounts, now), now)
             if overdue:
                 self._serve(now)
-        self._pursue(now)
+        if now >= self.grace:
+            self._reclaim.pursue(now)
 
     def state(self, now: float) -> DeviceState:
         """The device at this moment."""
@@ -381,7 +374,7 @@ class Books:
     def deliver(self, queued: Queued, now: float) -> None:
         """Sends the grant of a demand whose bytes are charged."""
         self._queue.finish(queued, now)
-        self._grant(queued, now)
+        self._grant(queued.holder, queued.request, queued.demand, queued.start, now)
 
     def undo(self, queued: Queued, kind: int, reason: str, now: float) -> None:
         """Takes a member of a group back."""
@@ -400,166 +393,49 @@ class Books:
             else:
                 self.deliver(queued, now)
 
-    def _grant(self, queued: Queued, now: float) -> None:
-        holder, demand = queued.holder, queued.demand
+    def _grant(self, holder: Holder, request: int, demand: Demand, start: float, now: float) -> None:
         bytes = demand.bytes
-        if not demand.group and demand.want > bytes:
+        if demand.want > bytes and not demand.group:
             bytes += self._extra(holder, demand.want - bytes)
         holder.taken += bytes
         self._journal.grants += 1
-        self._post.append((holder.session, queued.request, Grant(holder.id, bytes)))
-        self._note("grant", holder, now, start=queued.start, bytes=bytes)
+        self._post.append((holder.session, request, Grant(holder.id, bytes)))
+        self._note("grant", holder, now, start=start, bytes=bytes)
 
     def _extra(self, holder: Holder, wish: int) -> int:
         """Leases what is free above the upper mark, beyond what a demand needs."""
-        own = self.accounts.own_room(holder) - sum(queued.bytes for queued in self._queue.of(holder))
+        own = self._own_room(holder)
         room = self.accounts.ledger.room(holder.id) - self.accounts.above_low
         extra = min(wish, own, room)
         extra -= extra % holder.session.granularity
         return extra if extra > 0 and self.accounts.lease(holder, extra) else 0
 
-    def _pursue(self, now: float) -> None:
-        """Asks for what is missing and not on its way."""
-        if now < self.grace:
-            return
-        ledger = self.accounts.ledger
-        if self._orders:
-            for need, holders, bytes in self._orders:
-                self._ask(need, bytes - need.gained, self._order_plan(holders), holders, now)
-        if ledger.overdrawn:
-            self._shrink = self._shrink or shrink_need(now)
-            missing = ledger.overdrawn - self._asks.expected(now)
-            self._ask(self._shrink, missing, ledger.plan_shrink, self.accounts.holders.values(), now)
-        else:
-            self._shrink = None
-        for queued, shortage in self._queue.shortages():
-            missing = min(shortage - self._asks.expected(now), queued.bytes + self.accounts.above_low)
-            self._ask(queued, missing, self._plan_for(queued.holder), self._victims(queued.holder, now), now)
-        self._keep_reserve(now)
-
-    def _keep_reserve(self, now: float) -> None:
-        missing = self.accounts.above_low - self.accounts.ledger.free
-        if missing <= 0 or not self.accounts.holders:
-            self._reserve = None
-            return
-        holders = self.accounts.holders.values()
-        top = max(holders, key=lambda each: (each.limits.value, -each.lease))
-        lower = [each for each in holders if each.limits.value < top.limits.value]
-        if not lower:
-            return
-        self._reserve = self._reserve or reserve_need(now)
-        missing += self._queue.bytes - self._asks.expected(now)
-        self._ask(self._reserve, min(missing, self.accounts.above_low), self._plan_for(top), lower, now)
-
-    def _ask(self, need: Need, missing: int, plan: Plan, victims: Iterable[Holder], now: float) -> None:
-        if missing <= 0 or need.top < 0 or now < need.rest_until or now >= need.deadline:
-            return
-        asked = self._asks.by_account(now)
-        able = [
-            (each, each.lease - asked.get(each.id, 0)) for each in victims if each.can_answer and each.lease
-        ]
-        while True:
-            givable = {
-                each.id: bytes
-                for each, bytes in able
-                if bytes > 0 and each.id not in need.exhausted and each.offers(need.rung)
-            }
-            planned = plan(missing, givable, asked) if givable else []
-            for number, bytes in planned:
-                holder = self.accounts.holders[number]
-                same = isinstance(need, Queued) and need.holder.limits.value == holder.limits.value
-                self._asks.send(need, holder, bytes, same, now)
-            if planned or self._asks.hold_up(need, now):
-                return
-            if not need.climb():
-                need.rest(now)
-                return
-
-    def _victims(self, demander: Holder, now: float) -> list[Holder]:
-        value = demander.limits.value
-        cooling = now < demander.cool
-        return [
-            each for each in self.accounts.holders.values() if not (cooling and each.limits.value == value)
-        ]
-
-    def _plan_for(self, demander: Holder) -> Plan:
-        def plan(bytes: int, givable: dict[int, int], asked: dict[int, int]) -> list[tuple[int, int]]:
-            return self.accounts.ledger.plan(demander.id, bytes, givable, asked)
-
-        return plan
-
-    def _order_plan(self, holders: list[Holder]) -> Plan:
-        def plan(bytes: int, givable: dict[int, int], asked: dict[int, int]) -> list[tuple[int, int]]:
-            asks = []
-            for holder in holders:
-                most = holder.lease - holder.limits.min - asked.get(holder.id, 0)
-                take = min(bytes, most, givable.get(holder.id, 0))
-                if take > 0:
-                    asks.append((holder.id, take))
-                    bytes -= take
-            return asks
-
-        return plan
-
-    def _needs(self) -> Iterator[Need]:
-        yield from self._queue.waiting
-        yield from (need for need, _, _ in self._orders)
-        yield from (need for need in (self._reserve, self._shrink) if need is not None)
-
-    # Words.
-
-    def _never(self, queued: Queued) -> str | None:
+    def _refusal(self, holder: Holder, bytes: int) -> str | None:
         """Why a demand can never be met, or may not be; None where it can."""
-        holder, bytes = queued.holder, queued.bytes
-        debts = self._debt_of(holder)
-        if debts is not None:
-            return f"{self._wish(queued)}, {debts}"
-        own = self.accounts.own_room(holder) - sum(each.bytes for each in self._queue.of(holder))
-        if bytes > own:
-            return (
-                f"{self._wish(queued)}; it holds {format_bytes(holder.lease)} of its max "
-                f"{format_bytes(holder.limits.max)}; free some of its own, or raise its max"
-            )
+        process = holder.session.process
+        if process.debts:
+            accounts = self.accounts.holders.values()
+            owed = sum(self._asks.owed(each) for each in accounts if each.session.process is process)
+            return words.in_debt(holder, bytes, owed)
+        if holder.limits.max != UNLIMITED and bytes > self._own_room(holder):
+            return words.above_max(holder, bytes)
         most = self.accounts.ledger.leasable - self.accounts.kept_free(holder, bytes)
         if bytes + holder.lease > most:
-            return (
-                f"{self._wish(queued)} and holds {format_bytes(holder.lease)}; its class can have "
-                f"{format_bytes(max(0, most))} of {self.device.label} ({self.accounts.ledger.holders()}); ask for less"
-            )
+            return words.above_capacity(holder, bytes, most, self.device.label, self.accounts)
         return None
 
-    def _late(self, queued: Queued, now: float) -> str:
-        ledger = self.accounts.ledger
-        top = "only free memory counts" if queued.top < 0 else f"asked others up to '{RUNGS[queued.top]}'"
-        return (
-            f"{self._wish(queued)}; {format_bytes(ledger.free)} of {format_bytes(ledger.leasable)} on "
-            f"{self.device.label} is free after {now - queued.start:.3g} s, {top} ({ledger.holders()}); wait longer, "
-            f"ask for a dearer rung, or lower what another account may hold"
+    def _own_room(self, holder: Holder) -> int:
+        """What is left below its `max`, its queued demands met."""
+        return self.accounts.own_room(holder) - sum(
+            each.bytes for each in self._queue.of(holder) if each.ticket
         )
-
-    def _debt_of(self, holder: Holder) -> str | None:
-        if not holder.session.process.debts:
-            return None
-        owed = sum(
-            self._asks.owed(each)
-            for each in self.accounts.holders.values()
-            if each.session.process is holder.session.process
-        )
-        return (
-            f"but its process was asked for {format_bytes(owed)} and has not answered in time; it is granted nothing "
-            f"until it has"
-        )
-
-    @staticmethod
-    def _wish(queued: Queued) -> str:
-        return f"account '{queued.holder.title}' asks for {format_bytes(queued.bytes)}"
 
     # Bookkeeping.
 
     def _refuse_debtors(self, now: float) -> None:
         for queued in list(self._queue):
-            if queued.open and (words := self._debt_of(queued.holder)) is not None:
-                self._deny(queued, f"{self._wish(queued)}, {words}", now)
+            if queued.open and queued.holder.session.process.debts:
+                self._deny(queued, self._refusal(queued.holder, queued.bytes) or "", now)
 
     def _deny(self, queued: Queued, reason: str, now: float, kind: int = OUT_OF_MEMORY) -> None:
         if queued.priority and queued.open:
@@ -587,8 +463,8 @@ class Books:
         if moved:
             self._queue.requeue(holder)
         for queued in self._queue.of(holder):
-            if queued.ticket and queued.bytes > self.accounts.own_room(holder):
-                self._deny(queued, self._never(queued) or self._wish(queued), now)
+            if queued.ticket and self._own_room(holder) < 0:
+                self._deny(queued, words.above_max(holder, queued.bytes), now)
         self._note("limit", holder, now, bytes=holder.lease)
         return True
 
@@ -597,14 +473,17 @@ class Books:
         self._asks.forget(holder)
         for queued in self._queue.of(holder):
             if queued.open:
-                self._deny(queued, f"{self._wish(queued)}, but its account is closed", now, CLOSED)
+                self._deny(
+                    queued,
+                    f"{words.wish(queued.holder, queued.bytes)}, but its account is closed",
+                    now,
+                    CLOSED,
+                )
 
     def _end(self, holder: Holder, kind: str, now: float) -> None:
         self._drop(holder, now)
         self.accounts.close(holder)
-        for _, holders, _ in self._orders:
-            if holder in holders:
-                holders.remove(holder)
+        self._reclaim.forget(holder)
         self._note(kind, holder, now)
 
     def _bury_seen(self, now: float) -> None:
