@@ -116,8 +116,7 @@ class Asks:
         self._journal.add(
             "yield",
             self._device,
-            holder.session.process.pid,
-            holder.name,
+            holder,
             asked.sent,
             now,
             bytes=asked.given,

@@ -9,32 +9,24 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 
-from torch_elastic_mem.broker import words
 from torch_elastic_mem.broker.accounts import Accounts
 from torch_elastic_mem.broker.asks import Asks
 from torch_elastic_mem.broker.config import Grant as Rights
 from torch_elastic_mem.broker.config import LimitsConfig
+from torch_elastic_mem.broker.demands import Demands
 from torch_elastic_mem.broker.device import Device
 from torch_elastic_mem.broker.device_view import Reading
 from torch_elastic_mem.broker.groups import Groups
 from torch_elastic_mem.broker.holder import Holder
 from torch_elastic_mem.broker.journal import Journal
-from torch_elastic_mem.broker.need import Need, Queued
+from torch_elastic_mem.broker.need import Need
 from torch_elastic_mem.broker.pressure import Pressure
 from torch_elastic_mem.broker.protocol import (
-    CLOSED,
-    FREE_ONLY,
-    INVALID,
     LAST,
-    OUT_OF_MEMORY,
-    PAUSE,
-    UNLIMITED,
     Close,
     Demand,
-    Denied,
     Done,
     Gave,
-    Grant,
     Open,
     Opened,
     ProtocolError,
@@ -60,7 +52,6 @@ class Books:
 
     Attributes:
         rules: the operator's limits; the broker's own list, which it may change.
-        stale: another device's group has changed them, and `settle` is due.
         grace: until when nothing is granted, for tenants of a broker that has died to come back.
     """
 
@@ -77,16 +68,20 @@ class Books:
         self.device = device
         self.rules = rules
         self.grace = grace
-        self.stale = False
         self.accounts = Accounts(device.limit, *reserve)
         self._post = post
         self._journal = journal
-        self._groups = groups
         self._pressure = Pressure()
         self._asks = Asks(device.uuid, post, journal)
         self._queue = Queue(self.accounts, self._pressure)
         self._reclaim = Reclaim(self.accounts, self._queue, self._asks)
+        self._demands = Demands(device, self.accounts, self._queue, self._asks, groups, post, journal, grace)
         self._dying: list[tuple[Holder, float]] = []
+
+    @property
+    def stale(self) -> bool:
+        """Another device's group has changed them, and `settle` is due."""
+        return self._demands.stale
 
     # What processes say.
 
@@ -96,7 +91,9 @@ class Books:
         """Opens an account, or takes back one that was lost.
 
         Args:
-            session: its connection. request: the number to answer. message: what it wants.
+            session: its connection.
+            request: the number to answer.
+            message: what it wants.
             rights: of its user.
             trusted: the process may hold a lease that this broker has not granted.
             now: the time.
@@ -131,7 +128,7 @@ class Books:
             self.accounts.charge(holder, message.lease)
             self.device.recognise(message.lease)
         self._post.append((session, request, Opened(holder.id, holder.limits)))
-        self._note("join", holder, now, bytes=holder.lease)
+        self._note("join", holder, now)
         self.settle(now)
 
     def close(self, session: Session, request: int, message: Close, now: float) -> None:
@@ -174,47 +171,13 @@ class Books:
         Raises:
             ProtocolError: it cannot be one.
         """
-        holder = self._of(session, message.account)
-        free_only = message.rung == FREE_ONLY
-        if (message.rung > PAUSE and not free_only) or message.want < message.bytes:
-            raise ProtocolError(
-                f"a demand of {message.bytes} to {message.want} bytes up to rung {message.rung}"
-            )
-        grace = now < self.grace
-        refusal = self._refusal(holder, message.bytes)
-        if refusal is None and not grace and not message.group:
-            kept = self.accounts.kept_free(holder, message.bytes)
-            room = self.accounts.ledger.room(holder.id)
-            if room >= message.bytes + kept and self.accounts.lease(holder, message.bytes):
-                self._grant(holder, request, message, now, now)
-                if self.accounts.above_low:
-                    self._reclaim.pursue(now)
-                return
-        queued = Queued(
-            demander=holder.title,
-            top=-1 if free_only else message.rung,
-            start=now,
-            deadline=(self.grace if grace else now) if free_only else now + message.timeout / 1e6,
-            holder=holder,
-            request=request,
-            demand=message,
-        )
-        if message.group:
-            no_member = self._groups.join(queued, self, now)
-            if no_member is not None:
-                self._answer_no(queued, OUT_OF_MEMORY if message.members else INVALID, no_member, now)
-                return
-        if refusal is not None:
-            self._deny(queued, refusal, now)
-            return
-        self._queue.add(queued, now)
-        self.settle(now)
+        self._demands.demand(self._of(session, message.account), request, message, now)
+        if self.stale or self.accounts.above_low:
+            self.settle(now)
 
     def withdraw(self, session: Session, request: int, now: float) -> None:
-        """Denies a demand that its process does not want any more. One that has been answered is left alone."""
-        for queued in list(self._queue):
-            if queued.request == request and queued.holder.session is session:
-                self._deny(queued, f"{words.wish(queued.holder, queued.bytes)}, and has withdrawn it", now)
+        """Denies a demand that its process does not want any more."""
+        self._demands.withdraw(session, request, now)
         self.settle(now)
 
     def give_back(self, session: Session, message: Return, now: float) -> None:
@@ -250,7 +213,6 @@ class Books:
     def leave(self, session: Session, now: float) -> None:
         """The connection has said BYE: nothing is held."""
         for holder in self._holders(session):
-            self._discharge(holder, holder.lease)
             self._end(holder, "leave", now)
         self.settle(now)
 
@@ -328,20 +290,13 @@ class Books:
 
     def settle(self, now: float) -> None:
         """Does what is due, and all that can be done now."""
-        self.stale = False
+        self._demands.stale = False
         if self._asks:
             self._asks.expire(now)
         if self._dying:
             self._bury_seen(now)
         if self._queue:
-            self._refuse_debtors(now)
-            self._serve(now)
-            overdue = [queued for queued in self._queue if now >= queued.deadline]
-            for queued in overdue:
-                if queued.open:
-                    self._deny(queued, words.too_late(queued, self.device.label, self.accounts, now), now)
-            if overdue:
-                self._serve(now)
+            self._demands.settle(now)
         if now >= self.grace:
             self._reclaim.pursue(now)
 
@@ -369,88 +324,7 @@ class Books:
             ],
         )
 
-    # Members of groups.
-
-    def deliver(self, queued: Queued, now: float) -> None:
-        """Sends the grant of a demand whose bytes are charged."""
-        self._queue.finish(queued, now)
-        self._grant(queued.holder, queued.request, queued.demand, queued.start, now)
-
-    def undo(self, queued: Queued, kind: int, reason: str, now: float) -> None:
-        """Takes a member of a group back."""
-        self._queue.remove(queued, now)
-        self._answer_no(queued, kind, reason, now)
-        self.stale = True
-
-    # Decisions.
-
-    def _serve(self, now: float) -> None:
-        if now < self.grace:
-            return
-        for queued in self._queue.serve():
-            if queued.demand.group:
-                self._groups.prepared(queued, now)
-            else:
-                self.deliver(queued, now)
-
-    def _grant(self, holder: Holder, request: int, demand: Demand, start: float, now: float) -> None:
-        bytes = demand.bytes
-        if demand.want > bytes and not demand.group:
-            bytes += self._extra(holder, demand.want - bytes)
-        holder.taken += bytes
-        self._journal.grants += 1
-        self._post.append((holder.session, request, Grant(holder.id, bytes)))
-        self._note("grant", holder, now, start=start, bytes=bytes)
-
-    def _extra(self, holder: Holder, wish: int) -> int:
-        """Leases what is free above the upper mark, beyond what a demand needs."""
-        own = self._own_room(holder)
-        room = self.accounts.ledger.room(holder.id) - self.accounts.above_low
-        extra = min(wish, own, room)
-        extra -= extra % holder.session.granularity
-        return extra if extra > 0 and self.accounts.lease(holder, extra) else 0
-
-    def _refusal(self, holder: Holder, bytes: int) -> str | None:
-        """Why a demand can never be met, or may not be; None where it can."""
-        process = holder.session.process
-        if process.debts:
-            accounts = self.accounts.holders.values()
-            owed = sum(self._asks.owed(each) for each in accounts if each.session.process is process)
-            return words.in_debt(holder, bytes, owed)
-        if holder.limits.max != UNLIMITED and bytes > self._own_room(holder):
-            return words.above_max(holder, bytes)
-        most = self.accounts.ledger.leasable - self.accounts.kept_free(holder, bytes)
-        if bytes + holder.lease > most:
-            return words.above_capacity(holder, bytes, most, self.device.label, self.accounts)
-        return None
-
-    def _own_room(self, holder: Holder) -> int:
-        """What is left below its `max`, its queued demands met."""
-        return self.accounts.own_room(holder) - sum(
-            each.bytes for each in self._queue.of(holder) if each.ticket
-        )
-
     # Bookkeeping.
-
-    def _refuse_debtors(self, now: float) -> None:
-        for queued in list(self._queue):
-            if queued.open and queued.holder.session.process.debts:
-                self._deny(queued, self._refusal(queued.holder, queued.bytes) or "", now)
-
-    def _deny(self, queued: Queued, reason: str, now: float, kind: int = OUT_OF_MEMORY) -> None:
-        if queued.priority and queued.open:
-            self._queue.remove(queued, now)
-        self._answer_no(queued, kind, reason, now)
-        if queued.demand.group:
-            self._groups.fail(queued, kind, now)
-
-    def _answer_no(self, queued: Queued, kind: int, reason: str, now: float) -> None:
-        holder = queued.holder
-        holder.denied += 1
-        self._journal.denials += 1
-        if holder.connected:
-            self._post.append((holder.session, queued.request, Denied(kind, reason)))
-        self._note("deny", holder, now, start=queued.start, bytes=queued.bytes)
 
     def _enforce(self, holder: Holder, now: float) -> bool:
         forced = in_force(
@@ -460,37 +334,27 @@ class Books:
             return False
         moved = forced[1].value != holder.limits.value
         self.accounts.set_limits(holder, *forced)
-        if moved:
-            self._queue.requeue(holder)
-        for queued in self._queue.of(holder):
-            if queued.ticket and self._own_room(holder) < 0:
-                self._deny(queued, words.above_max(holder, queued.bytes), now)
-        self._note("limit", holder, now, bytes=holder.lease)
+        self._demands.limit(holder, moved, now)
+        self._note("limit", holder, now)
         return True
 
     def _drop(self, holder: Holder, now: float) -> None:
         """Nothing more is exchanged with an account's process."""
         self._asks.forget(holder)
-        for queued in self._queue.of(holder):
-            if queued.open:
-                self._deny(
-                    queued,
-                    f"{words.wish(queued.holder, queued.bytes)}, but its account is closed",
-                    now,
-                    CLOSED,
-                )
+        self._demands.drop(holder, now)
 
     def _end(self, holder: Holder, kind: str, now: float) -> None:
+        """Closes an account. What it held is free."""
+        self._note(kind, holder, now)
         self._drop(holder, now)
+        self.accounts.discharge(holder, holder.lease)
         self.accounts.close(holder)
         self._reclaim.forget(holder)
-        self._note(kind, holder, now)
 
     def _bury_seen(self, now: float) -> None:
         for holder, until in list(self._dying):
             if now >= until or self.device.shows_gone(holder):
                 self._dying.remove((holder, until))
-                self._discharge(holder, holder.lease)
                 self._end(holder, "dead", now)
 
     def _discharge(self, holder: Holder, bytes: int) -> None:
@@ -515,9 +379,5 @@ class Books:
                 return holder
         return None
 
-    def _note(
-        self, kind: str, holder: Holder, now: float, *, start: float | None = None, bytes: int = 0
-    ) -> None:
-        began = now if start is None else start
-        pid = holder.session.process.pid
-        self._journal.add(kind, self.device.uuid, pid, holder.name, began, now, bytes=bytes)
+    def _note(self, kind: str, holder: Holder, now: float) -> None:
+        self._journal.add(kind, self.device.uuid, holder, now, now, bytes=holder.lease)

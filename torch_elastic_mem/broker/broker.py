@@ -186,7 +186,8 @@ class Broker:
 
         def finished(now: float) -> bool:
             # Each is looked at: one that is done is forgotten by its books.
-            return all([books.settled(need, now) for books, need in needs])
+            settled = [books.settled(need, now) for books, need in needs]
+            return all(settled)
 
         if not finished(now):
             answered = asyncio.get_running_loop().create_future()

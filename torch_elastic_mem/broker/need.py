@@ -82,7 +82,7 @@ class Queued(Need):
 
     Attributes:
         ticket: its place in the ledger's queue; 0 once its bytes are charged and the rest of its group is waited for.
-        open: it has not been answered.
+        open: it is in the queue, or prepared.
         priority: the class that it waits in.
     """
 
@@ -90,7 +90,7 @@ class Queued(Need):
     request: int
     demand: Demand
     ticket: int = 0
-    open: bool = True
+    open: bool = False
     priority: str = ""
 
     @property

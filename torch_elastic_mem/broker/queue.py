@@ -40,7 +40,7 @@ class Queue:
         queued.ticket = self._accounts.ledger.enqueue(queued.holder.id, queued.bytes)
         self.waiting.append(queued)
         self.waiting.sort(key=lambda each: each.order)
-        queued.priority = queued.holder.priority
+        queued.open, queued.priority = True, queued.holder.priority
         self._pressure.begin(queued.priority, now)
 
     def requeue(self, holder: Holder) -> None:

@@ -75,13 +75,17 @@ def in_force(
     wanted: Limits,
     rules: Iterable[LimitsConfig],
 ) -> tuple[str, Limits]:
-    """The class and limits of an account: what it wants, and over that what the operator's rules say, in order.
+    """The class and limits of an account: what it wants, and over it what the operator's rules say, in order.
 
     What the operator has not set gives way to what is set, so that the limits stay in order.
 
     Args:
-        name: of the account. title: "name/pid". devices: the names of its device.
-        priority: the class it wants. wanted: its own limits. rules: of the operator.
+        name: of the account.
+        title: "name/pid".
+        devices: the names of its device.
+        priority: the class that it wants.
+        wanted: the limits that it wants.
+        rules: of the operator.
     """
     names = {name, title, priority}
     given: dict[str, int | float] = {}
