@@ -127,6 +127,7 @@ class Books:
             holder = self.accounts.open_anyway(session, message.name, message.priority, wanted, forced)
             self.accounts.charge(holder, message.lease)
             self.device.recognise(message.lease)
+            self.accounts.set_capacity(self.device.capacity)
         self._post.append((session, request, Opened(holder.id, holder.limits)))
         self._note("join", holder, now)
         self.settle(now)
