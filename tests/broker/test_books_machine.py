@@ -14,7 +14,6 @@ from torch_elastic_mem.broker.protocol import (
     Close,
     Demand,
     Denied,
-    Done,
     Gave,
     Grant,
     Limits,
@@ -36,6 +35,7 @@ class Client:
         self.name = name
         self.value, self.min, self.max = value, min, max
         self.lease = 0
+        self.debts = 0
         self.demands: dict[int, int] = {}
         self.asks: dict[int, Ask] = {}
 
@@ -44,7 +44,7 @@ class BooksMachine(RuleBasedStateMachine):
     @initialize(reserve=st.sampled_from([(0, 0), (5, 20)]))
     def begin(self, reserve: tuple[int, int]) -> None:
         self.world = World(reserve=reserve)
-        self.reserve = reserve
+        self.world.heard = self.read
         self.clients: list[Client] = []
         self.names = 0
         self.rounds = 0
@@ -54,25 +54,23 @@ class BooksMachine(RuleBasedStateMachine):
 
     def read(self) -> None:
         """Tenants take their messages in."""
-        self.world.deliver()
         for client in self.clients:
             player = client.account.player
             for number, message in player.inbox:
                 if isinstance(message, Ask):
                     assert message.account == client.account.number
                     assert 0 < message.bytes <= max(0, client.lease - client.min)
-                    assert not player.process.debts, "debtors are not asked"
+                    assert not (client.debts and player.process.debts), "debtors are not asked"
                     client.asks[number] = message
                 elif isinstance(message, Grant | Denied):
                     least = client.demands.pop(number)
                     if isinstance(message, Grant):
-                        assert not player.process.debts, "debtors get nothing"
+                        assert not (client.debts and player.process.debts), "debtors get nothing"
                         assert message.bytes >= least
                         client.lease += message.bytes
                         assert client.max is None or client.lease <= client.max
-                else:
-                    assert isinstance(message, Done | Refused | Opened)
-            player.inbox.clear()
+            player.inbox = [each for each in player.inbox if not isinstance(each[1], Ask | Grant | Denied)]
+            client.debts = player.process.debts
 
     @rule(
         device=st.sampled_from(DEVICES),
@@ -94,7 +92,6 @@ class BooksMachine(RuleBasedStateMachine):
             account = Account(player, answer.account, limits)
             account.report(rungs)
             self.clients.append(Client(account, name, value, min, max))
-        self.read()
 
     @rule(
         index=st.integers(0, 9),
@@ -117,7 +114,6 @@ class BooksMachine(RuleBasedStateMachine):
             client.account.number, rung, bytes, bytes + extra, int(timeout * 1e6), group, members, self.rounds
         )
         player.say(message, player.numbers)
-        self.read()
 
     @rule(first=st.integers(0, 9), second=st.integers(0, 9), bytes=st.integers(0, 60), members=st.integers(1, 3))
     def group(self, first: int, second: int, bytes: int, members: int) -> None:
@@ -134,7 +130,6 @@ class BooksMachine(RuleBasedStateMachine):
         client = self.pick(index)
         if client is not None and client.demands:
             client.account.player.say(Withdraw(), next(iter(client.demands)))
-            self.read()
 
     @rule(index=st.integers(0, 9), part=st.integers(1, 4))
     def give_back(self, index: int, part: int) -> None:
@@ -142,7 +137,6 @@ class BooksMachine(RuleBasedStateMachine):
             bytes = client.lease // part
             client.lease -= bytes
             client.account.player.say(Return(client.account.number, bytes))
-            self.read()
 
     @rule(index=st.integers(0, 9), part=st.integers(0, 2), coming=st.integers(0, 20), last=st.booleans())
     def answer(self, index: int, part: int, coming: int, last: bool) -> None:
@@ -155,35 +149,29 @@ class BooksMachine(RuleBasedStateMachine):
         if last:
             del client.asks[number]
         client.account.player.say(Gave(client.account.number, LAST if last else 0, bytes, coming), number)
-        self.read()
 
     @rule(seconds=st.sampled_from([0.01, 0.3, 1.5]))
     def wait(self, seconds: float) -> None:
         self.world.wait(seconds)
-        self.read()
 
     @rule(index=st.integers(0, 9))
     def close(self, index: int) -> None:
         client = self.pick(index)
         if client is None:
             return
-        answer = client.account.player.say(Close(client.account.number))
-        refused = isinstance(client.account.player.answer(answer), Refused)
-        assert refused == (client.lease > 0 or bool(client.demands and self.holds_prepared(client)))
-        self.read()
+        charged = self.world.lease(client.name, client.account.player.device)
+        number = client.account.player.say(Close(client.account.number))
+        refused = isinstance(client.account.player.answer(number), Refused)
+        assert refused == (charged > 0)
         if not refused:
             assert not client.demands
             self.clients.remove(client)
-
-    def holds_prepared(self, client: Client) -> bool:
-        return self.world.lease(client.name, client.account.player.device) > client.lease
 
     @rule(index=st.integers(0, 9), how=st.sampled_from(["die", "leave"]))
     def end(self, index: int, how: str) -> None:
         if client := self.pick(index):
             self.clients.remove(client)
             getattr(client.account.player, how)()
-            self.read()
 
     @rule(index=st.integers(0, 9))
     def come_back(self, index: int) -> None:
@@ -194,17 +182,14 @@ class BooksMachine(RuleBasedStateMachine):
         player.lose()
         client.demands.clear()
         client.asks.clear()
-        self.read()
         player.connect()
         own = {} if client.max is None else {"max": client.max}
         client.account = player.open(client.name, client.value, client.lease, min=client.min, **own)
-        self.read()
 
     @rule(used=st.integers(0, 120))
     def look(self, used: int) -> None:
         if "GPU-1" in {device.uuid for device in self.world.broker.state().devices}:
             self.world.look("GPU-1", 100, used)
-            self.read()
 
     @precondition(lambda self: hasattr(self, "world"))
     @invariant()

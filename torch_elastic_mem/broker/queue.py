@@ -57,6 +57,7 @@ class Queue:
             self._accounts.ledger.withdraw(queued.ticket)
             self.waiting.remove(queued)
         else:
+            queued.holder.prepared -= queued.bytes
             self._accounts.discharge(queued.holder, queued.bytes)
             self.prepared.remove(queued)
         self._ended(queued, now)
@@ -67,12 +68,14 @@ class Queue:
             return False
         queued.ticket = 0
         queued.holder.lease += queued.bytes
+        queued.holder.prepared += queued.bytes
         self.waiting.remove(queued)
         self.prepared.append(queued)
         return True
 
     def finish(self, queued: Queued, now: float) -> None:
         """A prepared demand is granted."""
+        queued.holder.prepared -= queued.bytes
         self.prepared.remove(queued)
         self._ended(queued, now)
 

@@ -96,10 +96,10 @@ class Reclaim:
         if missing <= 0 or need.top < 0 or now < need.rest_until or now >= need.deadline:
             return
         asked = self._asks.by_account(now)
-        able = [each for each in victims if each.can_answer and each.lease > asked.get(each.id, 0)]
+        able = [each for each in victims if each.can_answer and each.spare > asked.get(each.id, 0)]
         while True:
             givable = {
-                each.id: each.lease - asked.get(each.id, 0)
+                each.id: each.spare - asked.get(each.id, 0)
                 for each in able
                 if each.id not in need.exhausted and each.offers(need.rung)
             }
@@ -132,8 +132,7 @@ class Reclaim:
         def plan(bytes: int, givable: dict[int, int], asked: dict[int, int]) -> list[tuple[int, int]]:
             asks = []
             for holder in holders:
-                most = holder.lease - holder.limits.min - asked.get(holder.id, 0)
-                take = min(bytes, most, givable.get(holder.id, 0))
+                take = min(bytes, givable.get(holder.id, 0))
                 if take > 0:
                     asks.append((holder.id, take))
                     bytes -= take
