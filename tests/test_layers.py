@@ -34,7 +34,14 @@ NEVER_AT_IMPORT = {
     "arena": {"torch", "rich", "matplotlib"},
     "broker": {"torch", "rich", "matplotlib"},
     "elastic_range": {"torch"},
-    "cli": {"torch", "rich", "matplotlib", "torch_elastic_mem.demo", "torch_elastic_mem.broker", "torch_elastic_mem._C"},
+    "cli": {
+        "torch",
+        "rich",
+        "matplotlib",
+        "torch_elastic_mem.demo",
+        "torch_elastic_mem.broker",
+        "torch_elastic_mem._C",
+    },
 }
 
 # A folder of csrc/ may include itself and these.

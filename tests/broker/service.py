@@ -36,6 +36,7 @@ class Service:
         self.config.write_text(config)
         self.options = options
         self.before = before
+        self.descriptors: tuple[int, ...] = ()
         self.process: subprocess.Popen[str] | None = None
 
     @property
@@ -61,6 +62,7 @@ class Service:
             stdout=out,
             stderr=subprocess.PIPE,
             text=True,
+            pass_fds=self.descriptors,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
 

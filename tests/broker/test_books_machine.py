@@ -115,7 +115,9 @@ class BooksMachine(RuleBasedStateMachine):
         )
         player.say(message, player.numbers)
 
-    @rule(first=st.integers(0, 9), second=st.integers(0, 9), bytes=st.integers(0, 60), members=st.integers(1, 3))
+    @rule(
+        first=st.integers(0, 9), second=st.integers(0, 9), bytes=st.integers(0, 60), members=st.integers(1, 3)
+    )
     def group(self, first: int, second: int, bytes: int, members: int) -> None:
         one, two = self.pick(first), self.pick(second)
         if one is None or two is None or one is two:

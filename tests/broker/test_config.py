@@ -41,7 +41,11 @@ def test_a_file_says_what_is_shared_and_who_may_ask(tmp_path: Path) -> None:
     assert host.capacity_of("HOST", GiB) == GiB
     assert host.reserve_of("host", 4 * GiB) == (64 << 20, 256 << 20)
     assert config.grant_of(1000).connections == 8
-    assert (config.grant_of(4321).max_value, config.grant_of(4321).max_min, config.grant_of(4321).connections) == (100, 0, 64)
+    assert (
+        config.grant_of(4321).max_value,
+        config.grant_of(4321).max_min,
+        config.grant_of(4321).connections,
+    ) == (100, 0, 64)
     assert config.grant_of(os.geteuid()).max_value == 10**9
     assert (config.log, config.metrics, config.group) == ("/var/log/tem.log", 9400, "gpu")
 
@@ -58,7 +62,9 @@ def test_without_a_file_a_gpu_is_shared_whole_and_half_of_the_machine() -> None:
 
 def test_the_command_line_goes_over_the_file() -> None:
     table = {"device": {"HOST": {"capacity": "4GiB", "reserve": ["1MiB", "2MiB"]}}, "metrics": 1}
-    config = merge(table, capacities=["HOST=1GiB", "GPU-1=2GiB"], reserves=["GPU-1=0,1MiB"], metrics=2, log="x")
+    config = merge(
+        table, capacities=["HOST=1GiB", "GPU-1=2GiB"], reserves=["GPU-1=0,1MiB"], metrics=2, log="x"
+    )
     assert config.device_of("HOST").capacity_of("HOST", 64 * GiB) == GiB
     assert config.device_of("HOST").reserve_of("host", GiB) == (1 << 20, 2 << 20)
     assert config.device_of("GPU-1").reserve_of("cuda", GiB) == (0, 1 << 20)
@@ -72,7 +78,10 @@ def test_the_command_line_goes_over_the_file() -> None:
     ("table", "words"),
     [
         ({"devise": {}}, "unknown key 'devise'; did you mean 'device'?"),
-        ({"device": {"HOST": {"capasity": 1}}}, "unknown key 'capasity' in device.\"HOST\"; did you mean 'capacity'?"),
+        (
+            {"device": {"HOST": {"capasity": 1}}},
+            "unknown key 'capasity' in device.\"HOST\"; did you mean 'capacity'?",
+        ),
         ({"grant": [{"uid": 1, "zzz": 1}]}, "unknown key 'zzz' in grant; there are uid, max_value"),
         ({"grant": [{}]}, "missing required field `uid`"),
         ({"metrics": "x"}, r"Expected `int \| null`, got `str`"),
@@ -115,7 +124,7 @@ def test_a_directory_is_made_for_its_owner_alone(tmp_path: Path) -> None:
 def test_a_directory_that_others_could_have_written_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
-    with pytest.raises(InvalidArgument, match="others may write to .*; run chmod 0700"):
+    with pytest.raises(InvalidArgument, match=r"others may write to .*; run chmod 0700"):
         paths.prepare(tmp_path / "open")
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path)

@@ -49,7 +49,9 @@ def test_a_higher_class_is_given_what_a_lower_one_yields() -> None:
 
 def test_all_victims_of_a_plan_are_asked_at_once() -> None:
     world = World()
-    first, second, serving = (world.player().open(name, value) for name, value in (("a", 0), ("b", 50), ("s", 100)))
+    first, second, serving = (
+        world.player().open(name, value) for name, value in (("a", 0), ("b", 50), ("s", 100))
+    )
     first.get(50)
     second.get(50)
     number = serving.demand(70)
@@ -106,9 +108,9 @@ def test_at_its_deadline_a_demand_is_denied_in_words_and_nobody_is_asked_any_mor
     denied = serving.denied(number)
     assert denied.kind == OUT_OF_MEMORY
     assert denied.reason == (
-        "account 'serving/2' asks for 30 B; 0 B of 100 B on HOST is free after 1 s, others were asked up to 'pause' "
-        "(training/1 holds 100 B; serving/2 holds 0 B); wait longer, allow a dearer rung, or lower what another "
-        "account may hold"
+        "account 'serving/2' asks for 30 B; 0 B of 100 B on HOST is free after 1 s, others were asked up to "
+        "'pause' (training/1 holds 100 B; serving/2 holds 0 B); wait longer, allow a dearer rung, or lower "
+        "what another account may hold"
     )
     world.wait(5.0)
     assert training.asks() == []
@@ -179,11 +181,15 @@ def test_more_than_max_or_the_device_is_denied_at_once_in_words() -> None:
     world = World()
     account = world.player().open("a", max=50)
     account.get(30)
-    assert "holds 30 B of its max 50 B; free some of its own, or raise its max" in account.denied(account.demand(30)).reason
+    assert (
+        "holds 30 B of its max 50 B; free some of its own, or raise its max"
+        in account.denied(account.demand(30)).reason
+    )
     other = world.player().open("b")
-    assert "can have 100 B of HOST (a/1 holds 30 B, max 50 B; b/2 holds 0 B); ask for less" in other.denied(
-        other.demand(101)
-    ).reason
+    assert (
+        "can have 100 B of HOST (a/1 holds 30 B, max 50 B; b/2 holds 0 B); ask for less"
+        in other.denied(other.demand(101)).reason
+    )
     assert other.denied(other.demand(2**64 - 1))
 
 
@@ -331,7 +337,11 @@ def test_a_member_that_is_denied_takes_the_group_with_it_and_late_ones_too() -> 
     assert third.denied(third.demand(1, group="g", members=3, round=1))
     assert waiting.granted(other) == 50, "what was prepared is free for others at once"
     again = [each.demand(1, group="g", members=3, round=2) for each in (first, second, third)]
-    assert [each.granted(number) for each, number in zip((first, second, third), again, strict=True)] == [1, 1, 1]
+    assert [each.granted(number) for each, number in zip((first, second, third), again, strict=True)] == [
+        1,
+        1,
+        1,
+    ]
 
 
 def test_a_group_of_another_user_is_another_group() -> None:

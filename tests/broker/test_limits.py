@@ -23,10 +23,13 @@ def test_a_user_may_ask_for_little_and_more_is_refused_not_clamped() -> None:
     refused = player.refusal(Open("a", "serving", Limits(1000), 0))
     assert refused.kind == 5
     assert refused.reason == (
-        "account 'a' asks for value 1000; user 4321 may ask for at most 100; ask for less, or have the operator raise "
-        "it in a [[grant]] of the broker's configuration"
+        "account 'a' asks for value 1000; user 4321 may ask for at most 100; ask for less, or have the "
+        "operator raise it in a [[grant]] of the broker's configuration"
     )
-    assert "asks for min 1 B; user 4321 may ask for at most 0 B" in player.refusal(Open("a", "c", Limits(0, 1), 0)).reason
+    assert (
+        "asks for min 1 B; user 4321 may ask for at most 0 B"
+        in player.refusal(Open("a", "c", Limits(0, 1), 0)).reason
+    )
 
 
 def test_the_operator_can_allow_a_user_more() -> None:
@@ -91,7 +94,9 @@ def test_limits_that_cannot_be_are_refused_and_change_nothing() -> None:
 
 def test_an_account_moves_to_another_class_and_so_does_what_it_waits_for() -> None:
     world = World()
-    holder, low, high = (world.player().open(name, value) for name, value in (("h", 500), ("l", 0), ("g", 100)))
+    holder, low, high = (
+        world.player().open(name, value) for name, value in (("h", 500), ("l", 0), ("g", 100))
+    )
     holder.get(100)
     first, second = high.demand(10), low.demand(10)
     assert world.broker.set_priority("l", "serving") == 1
@@ -117,7 +122,9 @@ def test_a_new_configuration_is_taken_by_those_who_are_there() -> None:
     world = World()
     account = world.player().open("a")
     account.get(80)
-    world.broker.configure(parse({"device": {"HOST": {"capacity": 60, "reserve": [0, 0]}}, "limits": [{"name": "a", "low": 5}]}))
+    world.broker.configure(
+        parse({"device": {"HOST": {"capacity": 60, "reserve": [0, 0]}}, "limits": [{"name": "a", "low": 5}]})
+    )
     world.deliver()
     assert (world.device().capacity, world.account("a").low) == (60, 5)
     assert account.asked() == [(20, 0)]

@@ -26,7 +26,9 @@ def test_who_does_not_answer_in_time_is_a_debtor_and_is_granted_nothing() -> Non
     assert (world.account("training").state, world.account("training").owed) == ("debtor", 30)
     training.put(5)
     denied = training.denied(training.demand(1))
-    assert "was asked for 30 B and has not answered in time; it is granted nothing until it has" in denied.reason
+    assert (
+        "was asked for 30 B and has not answered in time; it is granted nothing until it has" in denied.reason
+    )
     training.give(ask, 30)
     assert serving.granted(number) == 30
     assert world.account("training").state == "ok"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import struct
 from pathlib import Path
@@ -30,10 +31,13 @@ from torch_elastic_mem.broker.protocol import (
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 TEXT = st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=7)
-LIMITS = st.builds(
-    Limits, st.integers(-(2**63), 2**63 - 1), U64, U64, U64, U64, st.floats(allow_nan=False)
-)
-FIELDS = {"I": U32, "Q": U64, "limits": LIMITS, "...": st.text(st.characters(blacklist_categories=("Cs",)), max_size=99)}
+LIMITS = st.builds(Limits, st.integers(-(2**63), 2**63 - 1), U64, U64, U64, U64, st.floats(allow_nan=False))
+FIELDS = {
+    "I": U32,
+    "Q": U64,
+    "limits": LIMITS,
+    "...": st.text(st.characters(blacklist_categories=("Cs",)), max_size=99),
+}
 KINDS = Message.__subclasses__()
 
 
@@ -73,7 +77,9 @@ def test_the_layout_is_that_of_the_page() -> None:
 def test_a_demand_is_these_bytes() -> None:
     data = encode(7, Demand(1, 2, 3, 4, 5, "g", 6, 8))
     header = struct.pack("<HHIQ", 1, 5, 128, 7)
-    assert data == header + struct.pack("<IIQQQ", 1, 2, 3, 4, 5) + b"g".ljust(64, b"\0") + struct.pack("<IIQ", 6, 0, 8)
+    assert data == header + struct.pack("<IIQQQ", 1, 2, 3, 4, 5) + b"g".ljust(64, b"\0") + struct.pack(
+        "<IIQ", 6, 0, 8
+    )
 
 
 def test_texts_are_cut_to_fit_and_between_characters() -> None:
@@ -120,13 +126,16 @@ def test_only_another_version_is_said_to_be_one() -> None:
 
 @given(data=st.binary(max_size=300))
 def test_any_bytes_are_a_message_or_refused(data: bytes) -> None:
-    try:
+    with contextlib.suppress(ProtocolError):
         decode(data)
-    except ProtocolError:
-        pass
 
 
-@given(message=messages(), at=st.integers(0, 4095), value=st.binary(min_size=1, max_size=9), cut=st.integers(0, 4096))
+@given(
+    message=messages(),
+    at=st.integers(0, 4095),
+    value=st.binary(min_size=1, max_size=9),
+    cut=st.integers(0, 4096),
+)
 def test_damaged_messages_are_messages_or_refused(message: Message, at: int, value: bytes, cut: int) -> None:
     data = bytearray(encode(1, message))
     at %= len(data)

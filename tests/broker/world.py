@@ -46,7 +46,9 @@ class World:
         self.now = 1000.0
         self.view = View()
         grace = more.pop("grace", 0.0)
-        devices = {name: {"capacity": capacity, "reserve": list(reserve)} for name in (HOST, "GPU-1", "GPU-2")}
+        devices = {
+            name: {"capacity": capacity, "reserve": list(reserve)} for name in (HOST, "GPU-1", "GPU-2")
+        }
         self.config = {"device": devices, **more}
         self.broker = Broker(parse(self.config), self.view, grace, 500, lambda: self.now)
         self.players: dict[Session, Player] = {}

@@ -118,7 +118,8 @@ class Accounts:
         """
         if lease > holder.lease:
             raise InvalidArgument(
-                f"account '{holder.name}' comes back with a lease of {lease} bytes; it was granted {holder.lease}"
+                f"account '{holder.name}' comes back with a lease of {lease} bytes; it was granted "
+                f"{holder.lease}"
             )
         self.discharge(holder, holder.lease - lease)
         holder.session, holder.connected = session, True

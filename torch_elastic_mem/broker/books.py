@@ -1,7 +1,7 @@
 """The books of one device: who is granted memory, who is asked for it, and who waits.
 
-Pure decisions. Every method takes the time, in seconds of the monotonic clock; what is to be sent is appended to the
-post, and `wake` says when to call `settle`.
+Pure decisions. Every method takes the time, in seconds of the monotonic clock; what is to be sent is appended
+to the post, and `wake` says when to call `settle`.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ class Books:
             holder = self.accounts.open(session, message.name, message.priority, wanted, forced)
         elif not trusted or message.lease > self.device.total:
             raise InvalidArgument(
-                f"account '{title}' says that it holds {format_bytes(message.lease)}, which this broker has not "
-                f"granted; open it with no lease"
+                f"account '{title}' says that it holds {format_bytes(message.lease)}, which this broker has "
+                f"not granted; open it with no lease"
             )
         else:
             holder = self.accounts.open_anyway(session, message.name, message.priority, wanted, forced)
@@ -141,7 +141,8 @@ class Books:
         holder = self._of(session, message.account)
         if holder.lease:
             raise InUseError(
-                f"account '{holder.title}' still holds a lease of {format_bytes(holder.lease)}; return it first"
+                f"account '{holder.title}' still holds a lease of {format_bytes(holder.lease)}; return it "
+                f"first"
             )
         self._end(holder, "leave", now)
         self._post.append((session, request, Done()))

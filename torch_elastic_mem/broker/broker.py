@@ -55,9 +55,9 @@ class Broker:
     Args:
         config: what the operator wants.
         view: what the devices show.
-        grace: seconds from now in which nothing is granted on devices that cannot be seen, for the tenants of a
-            broker that has died to come back.
-        started: the clock tick of this machine's boot that the broker's process started at; processes from before may
+        grace: seconds from now in which nothing is granted on devices that cannot be seen, for the tenants of
+            a broker that has died to come back.
+        started: the clock tick since boot at which the broker's process started; processes from before may
             hold what another broker granted.
         clock: seconds, monotonic.
 
@@ -118,8 +118,8 @@ class Broker:
         Args:
             device: its UUID or label; None for all.
             name: of the accounts, or "name/pid" for that of one process, or the name of a class.
-            limits: of `min`, `low`, `high`, `max` (bytes or texts; None for no high or max) and `weight`. What is
-                not given stays.
+            limits: of `min`, `low`, `high`, `max` (bytes or texts; None for no high or max) and `weight`.
+                What is not given stays.
 
         Returns:
             How many accounts were changed.

@@ -163,7 +163,8 @@ def _locked(path: Path) -> Iterator[_Lock]:
         except BlockingIOError:
             pid = os.pread(descriptor, 256, 0).decode(errors="replace").split(" ")[0] or "unknown"
             raise InUseError(
-                f"another broker serves in {path.parent}: process {pid}; stop it, or give this one another directory"
+                f"another broker serves in {path.parent}: process {pid}; stop it, or give this one "
+                f"another directory"
             ) from None
         yield _Lock(descriptor)
     finally:

@@ -94,7 +94,7 @@ class Demands:
         self.stale = True
 
     def withdraw(self, session: Session, request: int, now: float) -> None:
-        """Denies a demand that its process does not want any more. One that has been answered is left alone."""
+        """Denies a demand that its process does not want any more, where it has not been answered yet."""
         for queued in list(self._queue):
             if queued.request == request and queued.holder.session is session:
                 self._deny(queued, f"{words.wish(queued.holder, queued.bytes)}, and has withdrawn it", now)
@@ -120,7 +120,7 @@ class Demands:
                 self._deny(queued, f"{wish}, but its account is closed", now, CLOSED)
 
     def limit(self, holder: Holder, moved: bool, now: float) -> None:
-        """An account has other limits. What goes beyond its `max` is denied; in another class, it queues there."""
+        """An account has other limits: it queues in its class now, and what goes beyond `max` is denied."""
         if moved:
             self._queue.requeue(holder)
         for queued in self._queue.of(holder):

@@ -23,7 +23,8 @@ class Holder:
         id: its number in the ledger and on the wire.
         wanted: what its process asked for; `limits` are in force, with what the operator has set.
         ledger_name: what the ledger's messages call it.
-        lease: granted. prepared: the part of it that its process is not told of yet. held, idle: as last reported. rungs: a bit for each that it has reclaimers for.
+        lease: granted. prepared: the part of it that its process has not been told of.
+        held, idle: as last reported. rungs: a bit for each that it has reclaimers for.
         connected: its process can be spoken to. died: when the process was seen to be gone.
         cool: when it may make its own class yield again.
     """

@@ -34,7 +34,7 @@ class Journal:
         rung: str = "",
         demander: str = "",
     ) -> None:
-        """Notes what happened to an account, and took from `start` to `end`, in seconds of the monotonic clock."""
+        """Notes what happened to an account from `start` to `end`, seconds of the monotonic clock."""
         self._last += 1
         self._events.append(
             Event(

@@ -11,7 +11,7 @@ from torch_elastic_mem.broker.pressure import Pressure
 
 
 class Queue:
-    """Demands with a ticket of the ledger, and those whose bytes are charged while their group is waited for."""
+    """Demands with a ticket of the ledger, and those that are charged while their group is waited for."""
 
     def __init__(self, accounts: Accounts, pressure: Pressure) -> None:
         self._accounts = accounts

@@ -10,14 +10,15 @@ from torch_elastic_mem.broker.holder import Holder
 from torch_elastic_mem.broker.need import Need, Queued, reserve_need, shrink_need
 from torch_elastic_mem.broker.queue import Queue
 
-# Of bytes that are missing, what accounts can give, and what they were asked for already: whom to ask for how much.
+# Of bytes missing, what accounts can give, and what they were asked for already: whom to ask for how much.
 Plan = Callable[[int, dict[int, int], dict[int, int]], list[tuple[int, int]]]
 
 
 class Reclaim:
     """What is missing on one device, and the asks that go out for it.
 
-    What is on its way back is not asked for again, whoever it was asked for: freed bytes go to the first in the queue.
+    What is on its way back is not asked for again, whoever it was for: what is freed goes to the queue's
+    first.
     """
 
     def __init__(self, accounts: Accounts, queue: Queue, asks: Asks) -> None:

@@ -62,8 +62,8 @@ def check_permitted(name: str, limits: Limits, grant: Grant) -> None:
     ):
         if allowed:
             raise NotPermitted(
-                f"account '{name}' asks for {what} {asked}; user {grant.uid} may ask for at most {allowed}; ask for "
-                f"less, or have the operator raise it in a [[grant]] of the broker's configuration"
+                f"account '{name}' asks for {what} {asked}; user {grant.uid} may ask for at most {allowed}; "
+                f"ask for less, or have the operator raise it in a [[grant]] of the broker's configuration"
             )
 
 

@@ -139,8 +139,11 @@ class Server:
         pid, uid = credentials(connected)
         most = self._broker.connections_of(uid)
         if self._counts.get(uid, 0) >= most:
-            words = f"user {uid} has {most} connections already, as many as it may; close some, or have the operator "
-            self._refuse(connected, NOT_PERMITTED, words + "allow more in a [[grant]]")
+            words = (
+                f"user {uid} has {most} connections already, as many as it may; close some, or have the "
+                f"operator allow more in a [[grant]]"
+            )
+            self._refuse(connected, NOT_PERMITTED, words)
             return
         try:
             seat = self._seat(pid, uid)

@@ -33,8 +33,8 @@ def above_capacity(holder: Holder, bytes: int, most: int, device: str, accounts:
 def in_debt(holder: Holder, bytes: int, owed: int) -> str:
     """Its process is late with an answer."""
     return (
-        f"{wish(holder, bytes)}, but its process was asked for {format_bytes(owed)} and has not answered in time; "
-        f"it is granted nothing until it has"
+        f"{wish(holder, bytes)}, but its process was asked for {format_bytes(owed)} and has not answered in "
+        f"time; it is granted nothing until it has"
     )
 
 
@@ -42,8 +42,8 @@ def too_late(queued: Queued, device: str, accounts: Accounts, now: float) -> str
     """The memory has not come in time."""
     ledger = accounts.ledger
     tried = "only free memory counted" if queued.top < 0 else f"others were asked up to '{RUNGS[queued.top]}'"
+    free = f"{format_bytes(ledger.free)} of {format_bytes(ledger.leasable)} on {device} is free"
     return (
-        f"{wish(queued.holder, queued.bytes)}; {format_bytes(ledger.free)} of {format_bytes(ledger.leasable)} on "
-        f"{device} is free after {max(0.0, now - queued.start):.3g} s, {tried} ({ledger.holders()}); wait longer, "
-        f"allow a dearer rung, or lower what another account may hold"
+        f"{wish(queued.holder, queued.bytes)}; {free} after {max(0.0, now - queued.start):.3g} s, {tried} "
+        f"({ledger.holders()}); wait longer, allow a dearer rung, or lower what another account may hold"
     )
