@@ -87,10 +87,11 @@ def in_force(
         wanted: the limits that it wants.
         rules: of the operator.
     """
-    names = {name, title, priority}
     given: dict[str, int | float] = {}
     for rule in rules:
-        if rule.name not in names or (rule.device is not None and rule.device not in devices):
+        if rule.name not in (name, title, priority) or (
+            rule.device is not None and rule.device not in devices
+        ):
             continue
         priority = rule.priority or priority
         for field in ("value", "weight"):

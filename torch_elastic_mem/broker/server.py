@@ -314,9 +314,9 @@ class Server:
     def _bury(self, seat: Seat) -> None:
         """A process has ended, though a child of it may hold its sockets open."""
         for connection in list(seat.connections):
-            self._detach(connection)
-            if connection.session is not None:
-                self._broker.lose(connection.session)
+            # What it said before its end counts.
+            self._read(connection)
+            self._drop(connection, None)
         self._remove(seat)
         self._broker.bury(seat.process)
         self.flush()
