@@ -190,8 +190,8 @@ double Ledger::share(const Holding& account, size_t incoming) const {
   return pool * account.limits.weight / weights;
 }
 
-std::vector<Ask> Ledger::collect(size_t bytes, AccountId demander, const Givable* givable,
-                                 const Asked* asked, const std::vector<Rule>& rules) const {
+std::vector<Ask> Ledger::collect(size_t bytes, AccountId demander, const Givable* givable, const Asked* asked,
+                                 const std::vector<Rule>& rules) const {
   std::vector<Ask> asks;
   const auto planned = [&](AccountId id) -> size_t {
     size_t sum = 0;
@@ -239,8 +239,7 @@ std::vector<Ask> Ledger::collect(size_t bytes, AccountId demander, const Givable
   return merged;
 }
 
-std::vector<Ask> Ledger::plan(AccountId id, size_t bytes, const Givable* givable,
-                              const Asked* asked) const {
+std::vector<Ask> Ledger::plan(AccountId id, size_t bytes, const Givable* givable, const Asked* asked) const {
   const Holding& me = at(id);
   const int64_t value = me.limits.value;
   // Above `high` an account lives from what is free and from what others hold above their own `high`.
