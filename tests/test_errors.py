@@ -20,6 +20,7 @@ TREE = {
     tem.InUseError: (tem.TemError, RuntimeError),
     tem.ForkedError: (tem.TemError, RuntimeError),
     tem.NotResident: (tem.TemError, RuntimeError),
+    tem.BrokerError: (tem.TemError, ConnectionError),
 }
 
 

@@ -23,7 +23,9 @@ PYTHON_LAYERS = (
     ("block_pool", "defaults"),
     ("torch_cuda",),
     ("__init__",),
-    ("activate", "broker", "demo", "integrations"),
+    ("broker",),
+    ("observe",),
+    ("activate", "demo", "integrations", "screen"),
     ("cli",),
 )
 # What these must not import while they are imported themselves; inside a function they may.
@@ -40,8 +42,12 @@ NEVER_AT_IMPORT = {
         "matplotlib",
         "torch_elastic_mem.demo",
         "torch_elastic_mem.broker",
+        "torch_elastic_mem.observe",
+        "torch_elastic_mem.screen",
         "torch_elastic_mem._C",
     },
+    "observe": {"torch", "rich", "matplotlib"},
+    "screen": {"torch", "matplotlib"},
 }
 
 # A folder of csrc/ may include itself and these.

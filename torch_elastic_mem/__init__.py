@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from torch_elastic_mem.errors import (
     AdmissionError,
     BlockError,
+    BrokerError,
     ClosedError,
     DriverError,
     DriverMissing,
@@ -68,6 +69,7 @@ __all__ = [
     "Arena",
     "BlockError",
     "BlockPool",
+    "BrokerError",
     "ClosedError",
     "Compaction",
     "DriverError",

@@ -53,3 +53,7 @@ class ForkedError(TemError, RuntimeError):
 
 class NotResident(TemError, RuntimeError):
     """A block was touched, in debug mode, that has no memory behind it."""
+
+
+class BrokerError(TemError, ConnectionError):
+    """There is no broker to speak with, it refused, or it broke off. Nothing is known to have changed."""
