@@ -1,0 +1,183 @@
+"""The broker's side of the control socket. Whatever a connection does hurts that connection only."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from typing import Any, Protocol
+
+import msgspec
+
+from torch_elastic_mem.broker import control
+from torch_elastic_mem.broker.state import Event, MachineState
+from torch_elastic_mem.errors import BrokerError, InvalidArgument, TemError
+
+# Each connection costs the broker a descriptor, of which tenants need the most.
+MOST_CONNECTIONS = 64
+# A reader that takes none of an answer for this long is let go.
+_SLOWEST_READER = 10.0
+
+_CHANGES = (control.LimitsRequest, control.PriorityRequest, control.ReclaimRequest)
+_decode = msgspec.json.Decoder(control.AnyRequest).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class Controlled(Protocol):
+    """What operators may see and change. All is called on the event loop's thread."""
+
+    def state(self) -> MachineState:
+        """The broker at this moment."""
+
+    def events(self, since: int) -> list[Event]:
+        """Those after number `since` that it still has, oldest first."""
+
+    def set_limits(self, device: str | None, name: str, **limits: Any) -> object:
+        """Changes limits of accounts by name; raises a TemError before anything is changed."""
+
+    def set_priority(self, name: str, priority: str, /) -> object:
+        """Changes the class of accounts by name; raises a TemError before anything is changed."""
+
+    async def reclaim(self, name: str, count: int, timeout: float, /) -> int:
+        """Has accounts give bytes back within seconds; returns how many came."""
+
+
+class ControlServer:
+    """Answers operators on a listening socket, which it owns. For the event loop's thread alone."""
+
+    def __init__(self, broker: Controlled, server: asyncio.Server, tasks: set[asyncio.Task[None]]) -> None:
+        self._broker = broker
+        self._server = server
+        self._tasks = tasks
+
+    @classmethod
+    async def start(cls, broker: Controlled, listener: socket.socket) -> ControlServer:
+        """Begins to answer.
+
+        Args:
+            broker: what is shown and changed.
+            listener: a stream socket that is bound; whom its file's mode lets connect may read.
+        """
+        tasks: set[asyncio.Task[None]] = set()
+
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            tasks.add(task)
+            try:
+                await _Connection(broker, reader, writer).serve(full=len(tasks) > MOST_CONNECTIONS)
+            except (OSError, TimeoutError):
+                pass  # the other side went away, or does not read
+            finally:
+                tasks.discard(task)
+                await _end(writer)
+
+        server = await asyncio.start_unix_server(connected, sock=listener, limit=control.LARGEST_REQUEST)
+        return cls(broker, server, tasks)
+
+    async def close(self) -> None:
+        """Stops listening and ends every connection."""
+        self._server.close()
+        ending = list(self._tasks)
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
+
+
+class _Connection:
+    def __init__(
+        self, broker: Controlled, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._broker = broker
+        self._reader = reader
+        self._writer = writer
+
+    async def serve(self, full: bool) -> None:
+        """Answers line by line until the other side ends, or says what is no request."""
+        if full and not self._may_change():
+            await self._send(_refusal(f"the broker already has {MOST_CONNECTIONS} connections of operators"))
+            return
+        while True:
+            try:
+                line = await self._reader.readline()
+            except ValueError:
+                await self._send(_refusal(f"a request is at most {control.LARGEST_REQUEST} bytes long"))
+                return
+            if not line.endswith(b"\n"):
+                return
+            try:
+                request = _decode(line)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                await self._send(_refusal(f"not a request: {error}", "invalid"))
+                return
+            await self._send(await self._answer(request))
+
+    async def _answer(self, request: control.AnyRequest) -> control.Answer:
+        try:
+            if isinstance(request, _CHANGES) and not self._may_change():
+                me = os.geteuid()
+                raise BrokerError(
+                    f"only root and user {me}, whose broker this is, may change things; others look"
+                )
+            return control.Answer(ok=msgspec.Raw(_encode(await self._do(request))))
+        except TemError as error:
+            kind = next((name for name, kind in control.ERROR_KINDS.items() if isinstance(error, kind)), "")
+            return _refusal(str(error), kind)
+
+    def _may_change(self) -> bool:
+        """By the kernel's word on who is there, and not by the sender's."""
+        connection = self._writer.get_extra_info("socket")
+        peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return struct.unpack("3i", peer)[1] in (0, os.geteuid())
+
+    async def _do(self, request: control.AnyRequest) -> object:
+        broker = self._broker
+        match request:
+            case control.StateRequest():
+                return broker.state()
+            case control.EventsRequest(since=since):
+                return broker.events(since)[: control.EVENTS_A_PAGE]
+            case control.LimitsRequest(name=name, device=device):
+                if not request.limits():
+                    raise InvalidArgument("no limit was given: name one of min, low, high, max and weight")
+                if found := _accounts(broker.state(), name, device):
+                    broker.set_limits(device, name, **request.limits())
+                return found
+            case control.PriorityRequest(name=name, priority=priority):
+                if found := _accounts(broker.state(), name, None):
+                    broker.set_priority(name, priority)
+                return found
+            case control.ReclaimRequest(name=name, bytes=count, timeout=timeout):
+                if count <= 0 or not 0 <= timeout <= 3600:
+                    raise InvalidArgument("a reclaim is of at least one byte, within at most an hour")
+                return await broker.reclaim(name, count, timeout)
+
+    async def _send(self, answer: control.Answer) -> None:
+        self._writer.write(_encode(answer) + b"\n")
+        async with asyncio.timeout(_SLOWEST_READER):
+            await self._writer.drain()
+
+
+async def _end(writer: asyncio.StreamWriter) -> None:
+    """Lets the other side read what it was told, if it reads."""
+    try:
+        writer.close()
+        async with asyncio.timeout(_SLOWEST_READER):
+            await writer.wait_closed()
+    except (OSError, TimeoutError):
+        writer.transport.abort()
+
+
+def _refusal(message: str, kind: str = "refused") -> control.Answer:
+    return control.Answer(error=message, kind=kind)
+
+
+def _accounts(state: MachineState, name: str, device: str | None) -> int:
+    """How many accounts have that name, on one device or on all."""
+    return sum(
+        account.name == name
+        for each in state.devices
+        if device in (None, each.uuid)
+        for account in each.accounts
+    )
