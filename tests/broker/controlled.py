@@ -12,7 +12,7 @@ from typing import Any
 from tests.broker.machine import machine
 from torch_elastic_mem.broker.control_server import ControlServer
 from torch_elastic_mem.broker.state import Event, MachineState
-from torch_elastic_mem.errors import AdmissionError
+from torch_elastic_mem.errors import AdmissionError, InvalidArgument
 
 
 class CannedBroker:
@@ -30,18 +30,28 @@ class CannedBroker:
     def events(self, since: int) -> list[Event]:
         return [event for event in self.happened if event.seq > since]
 
-    def set_limits(self, device: str | None, name: str, **limits: Any) -> None:
+    def set_limits(self, device: str | None, name: str, **limits: Any) -> int:
+        found = self._known(name)
         if (limits.get("min") or 0) > 78 << 30:
             raise AdmissionError("asked min 100 GiB, free 78 GiB")
         self.calls.append(("limits", device, name, limits))
+        return found
 
-    def set_priority(self, name: str, priority: str) -> None:
+    def set_priority(self, name: str, priority: str) -> int:
+        found = self._known(name)
         self.calls.append(("priority", name, priority))
+        return found
 
     async def reclaim(self, name: str, count: int, timeout: float) -> int:
         self.calls.append(("reclaim", name, count, timeout))
         await asyncio.sleep(0)
         return min(count, self.comes)
+
+    def _known(self, name: str) -> int:
+        found = sum(each.name == name for device in self.now.devices for each in device.accounts)
+        if not found:
+            raise InvalidArgument(f"no account {name!r}")
+        return found
 
 
 class Control:

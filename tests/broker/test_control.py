@@ -77,14 +77,6 @@ def test_only_the_limits_given_are_changed(control: Control) -> None:
     ]
 
 
-def test_an_account_that_is_not_there_is_nought_and_changes_nothing(control: Control) -> None:
-    with ControlClient(control.path) as client:
-        assert client.set_limits("nobody", {"min": 1}) == 0
-        assert client.set_limits("chat", {"min": 1}, device="GPU-other") == 0
-        assert client.set_priority("nobody", "idle") == 0
-    assert control.broker.calls == []
-
-
 def test_a_priority_and_a_reclaim_reach_the_broker(control: Control) -> None:
     control.broker.comes = 3 * GiB
     with ControlClient(control.path) as client:
@@ -100,6 +92,8 @@ def test_an_error_of_the_broker_s_is_the_same_error_here(control: Control) -> No
     with ControlClient(control.path) as client:
         with pytest.raises(tem.AdmissionError, match="asked min 100 GiB, free 78 GiB"):
             client.set_limits("chat", {"min": 100 * GiB})
+        with pytest.raises(tem.InvalidArgument, match="no account 'nobody'"):
+            client.set_limits("nobody", {"min": 1})
         with pytest.raises(tem.InvalidArgument, match="no limit was given"):
             client.set_limits("chat", {})
         with pytest.raises(tem.InvalidArgument, match="maximum"):

@@ -37,9 +37,9 @@ class EventsRequest(Request, frozen=True, kw_only=True, tag="events"):
 
 
 class LimitsRequest(Request, frozen=True, kw_only=True, tag="limits"):
-    """Sets the limits given, in bytes, of the accounts of that name; answered by how many those are.
+    """Sets the limits given, in bytes, of accounts by name; answered by how many those are.
 
-    `device` is a UUID; without it, on every device. None for `high` or `max` is no limit; a field that is not
+    `name` is an account's, "name/pid" or a class. `device` is a UUID or a label; without it, on every device. None for `high` or `max` is no limit; a field that is not
     there stays as it is.
     """
 
@@ -58,14 +58,14 @@ class LimitsRequest(Request, frozen=True, kw_only=True, tag="limits"):
 
 
 class PriorityRequest(Request, frozen=True, kw_only=True, tag="priority"):
-    """Puts the accounts of that name into a class; answered by how many those are."""
+    """Puts accounts into a class; answered by how many those are."""
 
     name: str
     priority: str
 
 
 class ReclaimRequest(Request, frozen=True, kw_only=True, tag="reclaim"):
-    """Asks the accounts of that name for bytes, within seconds; answered by the bytes that came."""
+    """Asks accounts for bytes, within seconds; answered by the bytes that came."""
 
     name: str
     bytes: int
@@ -147,19 +147,19 @@ class ControlClient:
             since = page[-1].seq
 
     def set_limits(self, name: str, limits: dict[str, int | float | None], device: str | None = None) -> int:
-        """Changes limits of the accounts of that name. What is above them then goes by reclaim.
+        """Changes limits of accounts. They bring themselves under them.
 
         Args:
-            name: of the accounts.
+            name: of the accounts, "name/pid" for those of one process, or the name of a class.
             limits: of "min", "low", "high", "max" (bytes) and "weight" those to be changed; None is no limit.
-            device: UUID; every device without it.
+            device: its UUID or label; every device without it.
 
         Returns:
-            How many accounts there were.
+            How many accounts were changed.
 
         Raises:
-            InvalidArgument: limits that can never be right; nothing was changed.
-            AdmissionError: a `min` that does not fit.
+            InvalidArgument: there is no such account or device, or the limits can never be right.
+            AdmissionError: a `min` that does not fit; accounts before the one that is named were changed.
             BrokerError: this user may not, or as for `state`.
         """
         fields = {"op": "limits", "name": name, "device": device, **limits}
@@ -170,26 +170,27 @@ class ControlClient:
         return self._ask(request, int)
 
     def set_priority(self, name: str, priority: str) -> int:
-        """Puts the accounts of that name into another class; returns how many there were.
+        """Puts accounts into another class; returns how many were changed.
 
         Raises:
-            InvalidArgument: there is no such class.
+            InvalidArgument: there is no such account or class.
             BrokerError: this user may not, or as for `state`.
         """
         return self._ask(PriorityRequest(name=name, priority=priority), int)
 
     def reclaim(self, name: str, count: int, timeout: float) -> int:
-        """Has the accounts of that name give memory back.
+        """Has accounts give memory back, up every rung that they have.
 
         Args:
-            name: of the accounts.
-            count: bytes.
+            name: as for `set_limits`.
+            count: bytes, in all.
             timeout: seconds that they have for it.
 
         Returns:
             Bytes that came, at most rounded up to whole extents; fewer than `count` where no more could go.
 
         Raises:
+            InvalidArgument: there is no such account.
             BrokerError: this user may not, or as for `state`.
         """
         self._socket.settimeout(timeout + _ANSWER_SECONDS)

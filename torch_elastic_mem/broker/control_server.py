@@ -33,11 +33,11 @@ class Controlled(Protocol):
     def events(self, since: int) -> list[Event]:
         """Those after number `since` that it still has, oldest first."""
 
-    def set_limits(self, device: str | None, name: str, **limits: Any) -> object:
-        """Changes limits of accounts by name; raises a TemError before anything is changed."""
+    def set_limits(self, device: str | None, name: str, **limits: Any) -> int:
+        """Changes limits of accounts by name; returns how many, or raises a TemError."""
 
-    def set_priority(self, name: str, priority: str, /) -> object:
-        """Changes the class of accounts by name; raises a TemError before anything is changed."""
+    def set_priority(self, name: str, priority: str, /) -> int:
+        """Changes the class of accounts by name; returns how many, or raises a TemError."""
 
     async def reclaim(self, name: str, count: int, timeout: float, /) -> int:
         """Has accounts give bytes back within seconds; returns how many came."""
@@ -141,13 +141,9 @@ class _Connection:
             case control.LimitsRequest(name=name, device=device):
                 if not request.limits():
                     raise InvalidArgument("no limit was given: name one of min, low, high, max and weight")
-                if found := _accounts(broker.state(), name, device):
-                    broker.set_limits(device, name, **request.limits())
-                return found
+                return broker.set_limits(device, name, **request.limits())
             case control.PriorityRequest(name=name, priority=priority):
-                if found := _accounts(broker.state(), name, None):
-                    broker.set_priority(name, priority)
-                return found
+                return broker.set_priority(name, priority)
             case control.ReclaimRequest(name=name, bytes=count, timeout=timeout):
                 if count <= 0 or not 0 <= timeout <= 3600:
                     raise InvalidArgument("a reclaim is of at least one byte, within at most an hour")
@@ -171,13 +167,3 @@ async def _end(writer: asyncio.StreamWriter) -> None:
 
 def _refusal(message: str, kind: str = "refused") -> control.Answer:
     return control.Answer(error=message, kind=kind)
-
-
-def _accounts(state: MachineState, name: str, device: str | None) -> int:
-    """How many accounts have that name, on one device or on all."""
-    return sum(
-        account.name == name
-        for each in state.devices
-        if device in (None, each.uuid)
-        for account in each.accounts
-    )
