@@ -14,6 +14,15 @@ COMMANDS = {
     "demo": "Train and serve a small model from one arena, and prove that nothing was lost.",
     "run": "Run a program whose torch draws its CUDA memory from an account.",
     "serve": "Share the memory of this machine among its processes.",
+    "top": "Show who holds which device's memory, live.",
+    "ls": "List the accounts of every process.",
+    "limit": "Change limits of accounts while they run.",
+    "priority": "Move accounts to another class while they run.",
+    "reclaim": "Have accounts give memory back.",
+    "snapshot": "Print all that the broker says of itself, as JSON.",
+    "trace": "Write what moved memory as a trace that ui.perfetto.dev opens.",
+    "doctor": "Look for what would keep the system from working, and say how to mend it.",
+    "config": "Show the configuration in force, and where each value comes from.",
 }
 
 
@@ -37,15 +46,19 @@ class Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs a command. An error of the package's own is a message and exit code 2, not a traceback."""
+        """Runs a command. An error of the package's own is a message and an exit code, not a traceback."""
         try:
             return super().invoke(ctx)
         except tem.TemError as error:
             click.echo(f"tem: {error}", err=True)
-            ctx.exit(2)
+            ctx.exit(3 if isinstance(error, tem.BrokerError) else 2)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(tem.__version__, prog_name="tem")
 def main() -> None:
-    """Elastic GPU memory for several tenants of one machine."""
+    """Elastic GPU memory for several tenants of one machine.
+
+    Exit codes: 0 is success; 1, nothing was found or not all was to be had; 2, an error or a mistake in the
+    command; 3, no broker to speak with. `run` ends as its program does.
+    """

@@ -86,7 +86,7 @@ def test_an_error_of_the_package_is_a_message(demo: list[tuple[Any, ...]]) -> No
 def test_bad_input_is_a_usage_error(
     demo: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, arguments: str, said: str
 ) -> None:
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.chdir(Path(__file__).parent.parent.parent)
     done = CliRunner().invoke(main, arguments.split())
     assert done.exit_code == 2
     assert said in done.stderr
