@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+import torch_elastic_mem as tem
 from torch_elastic_mem.broker import paths
 from torch_elastic_mem.broker.control import ControlClient
 from torch_elastic_mem.errors import BrokerError, DriverError, DriverMissing, InvalidArgument
@@ -58,13 +59,8 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _own_version() -> str:
-    # The package itself is above this module.
-    return str(import_module("torch_elastic_mem").__version__)
-
-
 def _package() -> Iterator[Finding]:
-    yield Finding("ok", "package", f"version {_own_version()}, Python {platform.python_version()}")
+    yield Finding("ok", "package", f"version {tem.__version__}, Python {platform.python_version()}")
     try:
         import_module("torch_elastic_mem._C")
     except ImportError as error:
@@ -158,9 +154,8 @@ def _broker(environment: Mapping[str, str]) -> Iterator[Finding]:
         level: Literal["note", "wrong"] = "wrong" if there.control.exists() else "note"
         yield Finding(level, "broker", str(error))
         return
-    mine = _own_version()
-    if state.version != mine:
-        says = f"pid {state.pid} is of version {state.version}, and this is {mine}"
+    if state.version != tem.__version__:
+        says = f"pid {state.pid} is of version {state.version}, and this is {tem.__version__}"
         yield Finding("wrong", "broker", says, "restart it: tenants keep what they hold and come back")
     else:
         yield Finding(
