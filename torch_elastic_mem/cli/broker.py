@@ -37,7 +37,9 @@ def require(ctx: click.Context, state: MachineState, name: str) -> None:
         return
     there = sorted({f"{each.name}/{each.pid}" for device in state.devices for each in device.accounts})
     known = f"there are {', '.join(there)}" if there else "there are none"
-    click.echo(f"tem: no account {name!r}: {known}", err=True)
+    from torch_elastic_mem.screen.cells import printable
+
+    click.echo(printable(f"tem: no account '{name}': {known}"), err=True)
     ctx.exit(NOT_ALL)
 
 
