@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
-from torch_elastic_mem.broker.control import ControlClient
-from torch_elastic_mem.broker.paths import Paths, default_directory
-from torch_elastic_mem.broker.state import AccountState, MachineState
+if TYPE_CHECKING:
+    from torch_elastic_mem.broker.control import ControlClient
+    from torch_elastic_mem.broker.state import AccountState, MachineState
 
 # Exit code of a command that found nothing, or could not have all that was asked.
 NOT_ALL = 1
@@ -18,6 +17,9 @@ NOT_ALL = 1
 
 def connect() -> ControlClient:
     """A connection to the broker that this user's processes would find."""
+    from torch_elastic_mem.broker.control import ControlClient
+    from torch_elastic_mem.broker.paths import Paths, default_directory
+
     return ControlClient(Paths(default_directory(os.environ)).control)
 
 
@@ -45,4 +47,6 @@ def require(ctx: click.Context, state: MachineState, name: str) -> None:
 
 def echo_json(value: Any) -> None:
     """Prints a value as JSON with indents."""
+    import msgspec
+
     click.echo(msgspec.json.format(msgspec.json.encode(value)).decode())
