@@ -198,10 +198,10 @@ std::vector<Ask> Ledger::collect(size_t bytes, AccountId demander, const Givable
     for (const Ask& ask : asks) sum += ask.victim == id ? ask.bytes : 0;
     return sum;
   };
-  const auto in = [](const std::map<AccountId, size_t>* bytes, AccountId id, size_t otherwise) {
-    if (bytes == nullptr) return otherwise;
-    const auto found = bytes->find(id);
-    return found == bytes->end() ? 0 : found->second;
+  const auto in = [](const std::map<AccountId, size_t>* found_in, AccountId id, size_t otherwise) {
+    if (found_in == nullptr) return otherwise;
+    const auto found = found_in->find(id);
+    return found == found_in->end() ? 0 : found->second;
   };
   std::vector<const Holding*> order;
   for (const auto& [id, account] : accounts_) {

@@ -39,8 +39,8 @@ class EventsRequest(Request, frozen=True, kw_only=True, tag="events"):
 class LimitsRequest(Request, frozen=True, kw_only=True, tag="limits"):
     """Sets the limits given, in bytes, of accounts by name; answered by how many those are.
 
-    `name` is an account's, "name/pid" or a class. `device` is a UUID or a label; without it, on every device. None for `high` or `max` is no limit; a field that is not
-    there stays as it is.
+    `name` is an account's, "name/pid" or a class. `device` is a UUID or a label; without it, on every device.
+    None for `high` or `max` is no limit; a field that is not there stays as it is.
     """
 
     name: str
@@ -159,7 +159,7 @@ class ControlClient:
 
         Raises:
             InvalidArgument: there is no such account or device, or the limits can never be right.
-            AdmissionError: a `min` that does not fit; accounts before the one that is named were changed.
+            AdmissionError: a `min` that does not fit; no limit was changed.
             BrokerError: this user may not, or as for `state`.
         """
         fields = {"op": "limits", "name": name, "device": device, **limits}
