@@ -26,8 +26,8 @@ c10::Device device_of(const void* block) {
 }
 
 /// What torch's profiler is told of a block that was allocated, or freed with a negative size.
-void report(Malloc& malloc, void* block, int64_t bytes, c10::Device device) {
-  const MallocStats stats = malloc.stats();
+void report(Malloc* malloc, void* block, int64_t bytes, c10::Device device) {
+  const MallocStats stats = malloc == nullptr ? MallocStats{} : malloc->stats();
   c10::reportMemoryUsageToProfiler(block, bytes, static_cast<size_t>(stats.allocated_bytes.all.current),
                                    static_cast<size_t>(stats.reserved_bytes.all.current), device);
 }
@@ -82,7 +82,8 @@ CudaAllocator& CudaAllocator::over(MallocDirectory& directory) {
 CudaAllocator::CudaAllocator(MallocDirectory& directory)
     : directory_(directory),
       born_in_(::getpid()),
-      enabled_(c10::utils::check_env("PYTORCH_NO_CUDA_MEMORY_CACHING") != true) {}
+      enabled_(c10::utils::check_env("PYTORCH_NO_CUDA_MEMORY_CACHING") != true),
+      pools_(directory, history_) {}
 
 void CudaAllocator::init(int device_count) {
   device_count_ = std::max(device_count_.load(), device_count);
@@ -155,7 +156,7 @@ void* CudaAllocator::obtain_from(Malloc& malloc, size_t bytes, DeviceIndex devic
   }
   if (c10::memoryProfilingEnabled()) {
     const size_t taken = malloc.block_at(block).bytes;
-    report(malloc, block, static_cast<int64_t>(taken), {c10::DeviceType::CUDA, device});
+    report(&malloc, block, static_cast<int64_t>(taken), {c10::DeviceType::CUDA, device});
   }
   return block;
 }
@@ -166,12 +167,17 @@ void* CudaAllocator::obtain_from(ProviderPool& pool, size_t bytes, DeviceIndex d
     block = pool.allocate(bytes, reinterpret_cast<Stream>(stream));
   }
   if (block == nullptr) {
+    if (pool.counted_in() != nullptr) pool.counted_in()->count_retry();
     pool.empty_cache();
     block = pool.allocate(bytes, reinterpret_cast<Stream>(stream));
   }
   if (block == nullptr) {
     const auto why = "the allocator of the pool has no " + std::to_string(bytes) + " bytes";
-    refuse(nullptr, why, bytes, device, stream);
+    refuse(pool.counted_in(), why, bytes, device, stream);
+  }
+  if (c10::memoryProfilingEnabled()) {
+    const auto taken = static_cast<int64_t>(pool.block_at(block).second);
+    report(pool.counted_in(), block, taken, {c10::DeviceType::CUDA, device});
   }
   return block;
 }
@@ -208,21 +214,22 @@ void CudaAllocator::raw_delete(void* block) {
 
 void CudaAllocator::give_back(void* block) {
   if (block == nullptr) return;
-  Malloc* const owner = directory_.owner(block);
-  const auto provider = owner == nullptr ? pools_.provider_of(block) : nullptr;
+  // Before the directory: a provider's memory may be an account's, which would take the block back from it.
+  const auto provider = pools_.provider_of(block);
+  Malloc* const owner = provider ? nullptr : directory_.owner(block);
   TORCH_CHECK(owner != nullptr || provider, "invalid device pointer: ", block);
   trace_deallocation(block);
   const History::Scope scope(history_, RecordContext::ALL);
-  if (provider) {
+  const auto free = [&] {
+    if (!provider) return owner->free(block);
     TORCH_CHECK(provider->free(block), "invalid device pointer: ", block);
-  } else if (C10_UNLIKELY(c10::memoryProfilingEnabled())) {
-    const auto bytes = static_cast<int64_t>(owner->block_at(block).bytes);
-    const c10::Device device = device_of(block);
-    owner->free(block);
-    report(*owner, block, -bytes, device);
-  } else {
-    owner->free(block);
-  }
+  };
+  if (C10_LIKELY(!c10::memoryProfilingEnabled())) return free();
+  const size_t bytes = provider ? provider->block_at(block).second : owner->block_at(block).bytes;
+  const c10::Device device =
+      provider ? c10::Device(c10::DeviceType::CUDA, provider->device()) : device_of(block);
+  free();
+  report(provider ? provider->counted_in() : owner, block, -static_cast<int64_t>(bytes), device);
 }
 
 void CudaAllocator::release(void* block) noexcept {
@@ -242,10 +249,10 @@ void CudaAllocator::recordStream(const c10::DataPtr& data, c10::cuda::CUDAStream
   // Memory of another process has another deleter, and its owner keeps it until all have done with it.
   if (block == nullptr || data.get_deleter() != &release) return;
   const auto handle = reinterpret_cast<Stream>(stream.stream());
-  if (Malloc* const owner = directory_.owner(block)) {
-    translated([&] { owner->record_stream(block, handle); });
-  } else if (const auto provider = pools_.provider_of(block)) {
+  if (const auto provider = pools_.provider_of(block)) {
     provider->record_stream(block, handle);
+  } else if (Malloc* const owner = directory_.owner(block)) {
+    translated([&] { owner->record_stream(block, handle); });
   }
 }
 

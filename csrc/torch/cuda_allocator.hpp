@@ -136,7 +136,7 @@ class CudaAllocator final : public caching::CUDAAllocator {
   std::atomic<int> device_count_{0};
   std::atomic<bool> enabled_;
   History history_;
-  Pools pools_{history_};
+  Pools pools_;
 
   std::mutex observers_mutex_;
   std::vector<caching::OutOfMemoryObserver> observers_;
