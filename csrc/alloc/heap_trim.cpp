@@ -163,7 +163,8 @@ void Heap::retire() {
     if (const int64_t live = stats_.allocation.all.current - provided_blocks_; live != 0) {
       const int64_t bytes = stats_.allocated_bytes.all.current - provided_bytes_;
       throw Error(Kind::kInUse, name_ + " still has " + std::to_string(live) + " live blocks of " +
-                                    format_bytes(static_cast<size_t>(bytes)) + "; delete their tensors first");
+                                    format_bytes(static_cast<size_t>(bytes)) +
+                                    "; delete their tensors first");
     }
     keep_ = false;
     arena = std::move(arena_);

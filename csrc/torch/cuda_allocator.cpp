@@ -1,6 +1,7 @@
 #include "torch/cuda_allocator.hpp"
 
 #include <c10/core/impl/GPUTrace.h>
+#include <c10/cuda/CUDAAllocatorConfig.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -152,6 +153,9 @@ void* CudaAllocator::obtain_from(Malloc& malloc, size_t bytes, DeviceIndex devic
     });
   };
   if (!attempt() && !(run_free_memory_callbacks() && attempt()) && !(wait() && attempt())) {
+#if TEM_TORCH_HAS_OOM_REJECTION
+    reject_over_fraction(malloc, bytes, device);
+#endif
     refuse(&malloc, why, bytes, device, stream);
   }
   if (c10::memoryProfilingEnabled()) {
@@ -181,6 +185,28 @@ void* CudaAllocator::obtain_from(ProviderPool& pool, size_t bytes, DeviceIndex d
   }
   return block;
 }
+
+#if TEM_TORCH_HAS_OOM_REJECTION
+/// With throw_on_cudamalloc_oom, what the memory fraction refuses is a rejection, and no out-of-memory.
+void CudaAllocator::reject_over_fraction(Malloc& malloc, size_t bytes, DeviceIndex device) {
+  if (!caching::CUDAAllocatorConfig::throw_on_cudamalloc_oom()) return;
+  const size_t limit = malloc.limit();
+  const auto reserved = static_cast<size_t>(malloc.stats().reserved_bytes.all.current);
+  const size_t total = getMemoryInfo(device).second;
+  if (limit >= total || (reserved <= limit && bytes <= limit - reserved)) return;
+  malloc.count_rejection();
+  std::vector<caching::OomRejectionObserver> observers;
+  {
+    const std::lock_guard guard(observers_mutex_);
+    observers = rejection_observers_;
+  }
+  // With no lock held: they may be Python.
+  for (const auto& observer : observers) observer(device, bytes, reserved, total);
+  TORCH_CHECK_WITH(OutOfMemoryError, false, "CUDA out of memory. Rejected a request of ", bytes,
+                   " bytes: ", reserved, " are reserved of the ", limit,
+                   " that the memory fraction allows, and throw_on_cudamalloc_oom is set");
+}
+#endif
 
 void CudaAllocator::refuse(Malloc* malloc, const std::string& why, size_t bytes, DeviceIndex device,
                            cudaStream_t stream) {
@@ -304,5 +330,12 @@ void CudaAllocator::attachOutOfMemoryObserver(caching::OutOfMemoryObserver obser
   const std::lock_guard guard(observers_mutex_);
   observers_.push_back(std::move(observer));
 }
+
+#if TEM_TORCH_HAS_OOM_REJECTION
+void CudaAllocator::attachOomRejectionObserver(caching::OomRejectionObserver observer) {
+  const std::lock_guard guard(observers_mutex_);
+  rejection_observers_.push_back(std::move(observer));
+}
+#endif
 
 }  // namespace tem::torch_cuda

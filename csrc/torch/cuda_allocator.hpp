@@ -104,9 +104,7 @@ class CudaAllocator final : public caching::CUDAAllocator {
   void attachOutOfMemoryObserver(caching::OutOfMemoryObserver observer) override;
 #if TEM_TORCH_HAS_OOM_REJECTION
   std::shared_ptr<c10::GatheredContext> getContextForPointer(const void* block) override;
-  // torch's own allocator refuses some requests before it asks the driver. Here the ledger always does, and
-  // that is an out-of-memory like any other.
-  void attachOomRejectionObserver(caching::OomRejectionObserver) override {}
+  void attachOomRejectionObserver(caching::OomRejectionObserver observer) override;
 #endif
 #if TEM_TORCH_HAS_ANNOTATE
   bool supportsUserMetadata() override { return true; }
@@ -119,6 +117,9 @@ class CudaAllocator final : public caching::CUDAAllocator {
   void* obtain(size_t bytes, DeviceIndex device, cudaStream_t stream);
   void* obtain_from(Malloc& malloc, size_t bytes, DeviceIndex device, cudaStream_t stream);
   void* obtain_from(ProviderPool& pool, size_t bytes, DeviceIndex device, cudaStream_t stream);
+#if TEM_TORCH_HAS_OOM_REJECTION
+  void reject_over_fraction(Malloc& malloc, size_t bytes, DeviceIndex device);
+#endif
   [[noreturn]] void refuse(Malloc* malloc, const std::string& why, size_t bytes, DeviceIndex device,
                            cudaStream_t stream);
   void give_back(void* block);
@@ -140,6 +141,9 @@ class CudaAllocator final : public caching::CUDAAllocator {
 
   std::mutex observers_mutex_;
   std::vector<caching::OutOfMemoryObserver> observers_;
+#if TEM_TORCH_HAS_OOM_REJECTION
+  std::vector<caching::OomRejectionObserver> rejection_observers_;
+#endif
 };
 
 }  // namespace tem::torch_cuda

@@ -110,9 +110,8 @@ std::vector<std::shared_ptr<ProviderPool>> Pools::providers() {
 std::shared_ptr<ProviderPool> Pools::provider_of(const void* block) {
   if (!any_providers_.load(std::memory_order_acquire)) return nullptr;
   const std::lock_guard guard(mutex_);
-  const auto found = std::find_if(providers_.begin(), providers_.end(), [&](const auto& each) {
-    return each->block_at(block).first != nullptr;
-  });
+  const auto found = std::find_if(providers_.begin(), providers_.end(),
+                                  [&](const auto& each) { return each->block_at(block).first != nullptr; });
   return found == providers_.end() ? nullptr : *found;
 }
 

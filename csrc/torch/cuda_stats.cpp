@@ -97,6 +97,14 @@ DeviceStats CudaAllocator::getDeviceStats(DeviceIndex device) {
   to.num_sync_all_streams = from.waits;
   to.num_device_alloc = from.maps;
   to.num_device_free = from.unmaps;
+#if TEM_TORCH_HAS_OOM_REJECTION
+  to.num_oom_rejections = from.rejections;
+#endif
+#if TEM_TORCH_HAS_POOL_FIGURES
+  for (const auto& [pool, reserved] : from.reserved_bytes_by_pool) {
+    to.reserved_bytes_by_private_pools[{pool.first, pool.second}] = stats(reserved);
+  }
+#endif
   to.max_split_size = static_cast<int64_t>(AcceleratorAllocatorConfig::max_split_size());
   return to;
 }

@@ -88,7 +88,7 @@ def an_output_that_was_overwritten_says_so() -> None:
         for _ in range(3):
             torch.compiler.cudagraph_mark_step_begin()
             outputs.append(triple(x))
-        # torch marks what a warm-up and a recording gave; what a replay gives, the next overwrites in silence.
+        # torch marks what a warm-up or a recording gave; what a replay gave is overwritten in silence.
         warmed_up, recorded, replayed = outputs
         for overwritten in (warmed_up, recorded):
             with raises(RuntimeError, "overwritten"):
