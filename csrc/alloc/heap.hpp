@@ -36,6 +36,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   static std::shared_ptr<Heap> make(std::shared_ptr<Arena> arena, AccountId account, std::string name);
 
   void* allocate(size_t bytes, Stream stream) override;
+  bool allocate_at(void* address, size_t bytes, Stream stream) override;
   void free(void* block) override;
   void record_stream(void* block, Stream stream) override;
   BlockView block_at(const void* address) override;
@@ -141,6 +142,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   Spot live_at(const void* pointer, const char* what);
   void* take(Lane& lane, size_t rounded, size_t requested);
   Span* take_span(Lane& lane, size_t bytes);
+  bool take_in_slab(Lane& lane, size_t offset, size_t rounded, size_t requested);
   void make_slab(Lane& lane, Span* span, size_t number);
   void release(Spot spot);
   void put(Spot spot);
@@ -193,6 +195,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   std::vector<PlacedBlock> live_blocks_of(const Pool& pool);
   void check_restorable(const Pool& pool, const std::vector<PlacedBlock>& checkpoint);
   void claim(Pool& pool, const PlacedBlock& block);
+  Span* free_over(Lane& lane, size_t offset, size_t bytes);
   Span* carve(Lane& lane, size_t offset, size_t bytes);
   template <class Visit>
   void for_each_lane(Visit visit);

@@ -113,6 +113,9 @@ class Malloc {
 
   /// A block for work on `stream`. Error{kOutOfMemory} if the account cannot get the memory.
   virtual void* allocate(size_t bytes, Stream stream) = 0;
+  /// As that, at an address whose memory is mapped and free for the stream. False, with nothing changed, if a
+  /// block of this size cannot start there.
+  virtual bool allocate_at(void* address, size_t bytes, Stream stream) = 0;
   /// Work submitted to the block's stream, and to those recorded, may still touch it. Error{kInvalid} for a
   /// pointer that is no live block.
   virtual void free(void* block) = 0;

@@ -106,6 +106,31 @@ c10::DataPtr CudaAllocator::allocate(size_t bytes) {
   return {block, block, deleter, device};
 }
 
+#if TEM_TORCH_HAS_ALLOCATE_AT
+c10::DataPtr CudaAllocator::allocateWithAddress(size_t bytes, void* address) {
+  const DeviceIndex index = c10::cuda::current_device();
+  const c10::Device device(c10::DeviceType::CUDA, index);
+  if (bytes == 0) return {nullptr, nullptr, &release, device};
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(index).stream();
+  const History::Scope scope(history_, RecordContext::STATE);
+  const Pools::Source source = pools_.claiming(index, stream);
+  TORCH_CHECK(enabled_ && !source.provider,
+              "torch_elastic_mem: an address can be asked for only of an account: not while the caching "
+              "allocator is off, nor in a MemPool with an allocator of its own");
+  Malloc& malloc = source.malloc != nullptr ? *source.malloc : serving(index);
+  if (history_.watching()) history_.watch(index, malloc);
+  const bool had =
+      translated([&] { return malloc.allocate_at(address, bytes, reinterpret_cast<Stream>(stream)); });
+  TORCH_CHECK(had, "Could not allocate CUDA storage at exact address ", address, ": its ", bytes,
+              " bytes are not all free for this stream");
+  if (c10::memoryProfilingEnabled()) {
+    report(&malloc, address, static_cast<int64_t>(malloc.block_at(address).bytes), device);
+  }
+  trace_allocation(address);
+  return {address, address, &release, device};
+}
+#endif
+
 c10::DeleterFnPtr CudaAllocator::raw_deleter() const { return enabled_ ? &release : &uncached_release; }
 
 void* CudaAllocator::raw_alloc(size_t bytes) {

@@ -48,6 +48,9 @@ class CudaAllocator final : public caching::CUDAAllocator {
 
   c10::DataPtr allocate(size_t bytes) override;
   c10::DeleterFnPtr raw_deleter() const override;
+#if TEM_TORCH_HAS_ALLOCATE_AT
+  c10::DataPtr allocateWithAddress(size_t bytes, void* address) override;
+#endif
   void* raw_alloc(size_t bytes) override;
   void* raw_alloc_with_stream(size_t bytes, cudaStream_t stream) override;
   void raw_delete(void* block) override;
