@@ -1,8 +1,9 @@
 // Who grants leases from outside the process, as the arena sees it. Without one an arena shares out its
 // capacity by itself.
 //
-// A lease grows by demand() alone: the bytes are charged by Arena::leased() before the call returns. It shrinks
-// by give_back(), after the driver has released the memory. So what exists never exceeds what is leased.
+// A lease grows by demand() alone: the bytes are charged by Arena::leased() before the call returns. It
+// shrinks by give_back(), after the driver has released the memory. So what exists never exceeds what is
+// leased.
 #pragma once
 
 #include <cstddef>

@@ -8,11 +8,11 @@
 namespace tem::client {
 namespace {
 
-constexpr double kAnswer = 5.0;    // seconds for an answer that needs nobody's yield
-constexpr double kGrace = 0.1;     // beyond a demand's deadline, by which the broker has answered it
-constexpr double kAgain = 0.1;     // between attempts to find a broker
-constexpr double kReports = 0.1;   // between reports
-constexpr double kLook = 1.0;      // between looks at what is idle, which moves without a word
+constexpr double kAnswer = 5.0;   // seconds for an answer that needs nobody's yield
+constexpr double kGrace = 0.1;    // beyond a demand's deadline, by which the broker has answered it
+constexpr double kAgain = 0.1;    // between attempts to find a broker
+constexpr double kReports = 0.1;  // between reports
+constexpr double kLook = 1.0;     // between looks at what is idle, which moves without a word
 
 uint64_t microseconds(Deadline deadline) {
   const double left = std::max(0.0, seconds_until(deadline));
@@ -64,7 +64,8 @@ void Client::handshake(Deadline deadline) {
   connection_.disconnect();
   if (header && header->type == static_cast<uint16_t>(Type::kRefused))
     throw Error(Kind::kBroker, refusal_of(message.data(), message.size()).what());
-  throw Error(Kind::kBroker, "broker at " + path() + " speaks another protocol; this package speaks version " +
+  throw Error(Kind::kBroker, "broker at " + path() +
+                                 " speaks another protocol; this package speaks version " +
                                  std::to_string(kVersion));
 }
 
@@ -180,8 +181,8 @@ LeaseAnswer Client::demand(const LeaseDemand& demand) {
   asking.demand = &demand;
   LeaseAnswer answer;
   try {
-    call(asking, demand.deadline + std::chrono::duration_cast<Clock::duration>(
-                                       std::chrono::duration<double>(kGrace)));
+    call(asking, demand.deadline +
+                     std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(kGrace)));
     answer.taken = asking.taken;
   } catch (const Error& error) {
     if (error.kind() == Kind::kClosed) throw;

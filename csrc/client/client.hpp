@@ -1,8 +1,8 @@
 // An arena's side of the broker's protocol (docs/protocol.md).
 //
-// Threads: callers of demand() and the like wait for the answer. One thread of its own receives; it gives what
-// is unused or idle by itself, so that a demand elsewhere waits for no Python here. A second one, started when
-// first needed, runs what may take long: reclaimers, waits for fences, changed limits.
+// Threads: callers of demand() and the like wait for the answer. One thread of its own receives; it gives
+// what is unused or idle by itself, so that a demand elsewhere waits for no Python here. A second one,
+// started when first needed, runs what may take long: reclaimers, waits for fences, changed limits.
 //
 // Order of locks: arena, then `mutex_`, then the connection's. The arena is never called with `mutex_` held.
 #pragma once
