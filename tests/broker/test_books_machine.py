@@ -193,6 +193,19 @@ class BooksMachine(RuleBasedStateMachine):
         if "GPU-1" in {device.uuid for device in self.world.broker.state().devices}:
             self.world.look("GPU-1", 100, used)
 
+    @rule(index=st.integers(0, 9), value=st.sampled_from([0, 100, 1000]))
+    def move(self, index: int, value: int) -> None:
+        if client := self.pick(index):
+            self.world.broker.set_priority(f"{client.name}", value)
+            self.world.deliver()
+
+    @rule(index=st.integers(0, 9), most=st.integers(10, 100))
+    def limit(self, index: int, most: int) -> None:
+        if client := self.pick(index):
+            client.max = most
+            self.world.broker.set_limits(None, client.name, max=most)
+            self.world.deliver()
+
     @precondition(lambda self: hasattr(self, "world"))
     @invariant()
     def what_must_hold(self) -> None:

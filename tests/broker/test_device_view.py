@@ -23,20 +23,20 @@ class Nvml(ModuleType):
         self.running: list[tuple[int, int | None]] | None = []
         self.driver = True
 
-    def nvmlInit(self) -> None:  # noqa: N802
+    def nvmlInit(self) -> None:
         if not self.driver:
             raise NVMLError("no driver")
 
-    def nvmlDeviceGetHandleByUUID(self, name: str) -> str:  # noqa: N802
+    def nvmlDeviceGetHandleByUUID(self, name: str) -> str:
         self.names.append(name)
         if "unknown" in name:
             raise NVMLError("not found")
         return name
 
-    def nvmlDeviceGetMemoryInfo(self, handle: str) -> object:  # noqa: N802
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> object:
         return SimpleNamespace(total=100, used=40)
 
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[object]:  # noqa: N802
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[object]:
         if self.running is None:
             raise NVMLError("not permitted")
         return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.running]

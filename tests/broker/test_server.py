@@ -171,7 +171,7 @@ def test_one_user_has_so_many_connections_and_no_more(stopped: Service) -> None:
     stopped.config.write_text(f"[[grant]]\nuid = {os.geteuid()}\nmax_value = 1000\nconnections = 5\n")
     service = stopped.start()
     tenants = [service.tenant() for _ in range(5)]
-    for _ in range(200):
+    for _ in range(2000):
         more = Tenant(service.path, hello=False)
         _, refused = more.receive() or (0, None)
         assert isinstance(refused, Refused) and refused.kind == 5
