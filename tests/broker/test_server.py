@@ -265,6 +265,20 @@ def test_a_broker_that_stopped_without_tenants_needs_no_grace(service: Service) 
         assert tenant.get(tenant.open("a"), MiB, rung=FREE_ONLY, timeout=0.0) == MiB
 
 
+def test_a_broker_that_stopped_with_memory_leased_gives_its_tenants_a_grace(service: Service) -> None:
+    with service.tenant() as tenant:
+        tenant.get(tenant.open("a"), MiB)
+    assert service.stop() == 0
+    assert (service.directory / "broker.lock").read_text().split()[1] == "dirty"
+
+
+def test_an_option_that_will_not_do_is_said_and_nothing_is_served(tmp_path: Path) -> None:
+    for option, words in (("--device=much", "HOST=4GiB"), ("--device=X=much", "'much' is not a size")):
+        launched = Service(tmp_path, option).launch(subprocess.PIPE)
+        _, error = launched.communicate(timeout=LONG)
+        assert launched.returncode == 2 and words in error
+
+
 def service_pid(service: Service) -> int:
     return int((service.directory / "broker.lock").read_text().split()[0])
 
