@@ -87,7 +87,8 @@ async def run(
         paths = prepare(directory, _group_id(config.group))
         lock = stack.enter_context(_locked(paths.lock))
         sockets = systemd.inherited(environment)
-        listener = sockets.pop("tenants", None) or listen(paths.tenants, config)
+        given = sockets.pop("tenants", None)
+        listener = given or listen(paths.tenants, config)
         view = view or nvml_view()
         grace = GRACE if lock.found_dirty else 0.0
         loop = asyncio.get_running_loop()
@@ -113,10 +114,12 @@ async def run(
             await stop.wait()
             logger.info("stopping")
             systemd.notify(environment, "STOPPING=1")
-        leased = any(device.leased for device in broker.state().devices)
+        tenants = any(device.leased for device in broker.state().devices)
         server.close()
-        paths.tenants.unlink(missing_ok=True)
-        if not leased:
+        # What systemd has opened it gives to the next broker.
+        if given is None:
+            paths.tenants.unlink(missing_ok=True)
+        if not tenants:
             lock.write(_CLEAN)
 
 
