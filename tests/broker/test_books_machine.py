@@ -48,6 +48,8 @@ class BooksMachine(RuleBasedStateMachine):
         self.clients: list[Client] = []
         self.names = 0
         self.rounds = 0
+        for device, value in (("HOST", 0), ("HOST", 100), ("HOST", 1000), ("GPU-1", 0), ("GPU-1", 100)):
+            self.open(device, value, 0, None, 0b11111)
 
     def pick(self, index: int) -> Client | None:
         return self.clients[index % len(self.clients)] if self.clients else None
@@ -68,7 +70,7 @@ class BooksMachine(RuleBasedStateMachine):
                         assert not (client.debts and player.process.debts), "debtors get nothing"
                         assert message.bytes >= least
                         client.lease += message.bytes
-                        assert client.max is None or client.lease <= client.max
+                        assert client.max is None or not message.bytes or client.lease <= client.max
             player.inbox = [each for each in player.inbox if not isinstance(each[1], Ask | Grant | Denied)]
             client.debts = player.process.debts
 
@@ -103,6 +105,14 @@ class BooksMachine(RuleBasedStateMachine):
     def demand(self, index: int, bytes: int, extra: int, rung: int, timeout: float) -> None:
         if client := self.pick(index):
             self.send_demand(client, bytes, extra, rung, timeout, "", 0)
+
+    @rule(index=st.integers(0, 9), rung=st.sampled_from([0, 1, 4]))
+    def demand_much(self, index: int, rung: int) -> None:
+        """What is free and half of what others hold, so that somebody has to yield."""
+        if client := self.pick(index):
+            device = self.world.device(client.account.player.device)
+            lease = self.world.lease(client.name, device.uuid)
+            self.send_demand(client, device.free + (device.leased - lease + 1) // 2, 0, rung, 2.0, "", 0)
 
     def send_demand(
         self, client: Client, bytes: int, extra: int, rung: int, timeout: float, group: str, members: int
@@ -142,9 +152,10 @@ class BooksMachine(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, 9), part=st.integers(0, 2), coming=st.integers(0, 20), last=st.booleans())
     def answer(self, index: int, part: int, coming: int, last: bool) -> None:
-        client = self.pick(index)
-        if client is None or not client.asks:
+        asked = [client for client in self.clients if client.asks]
+        if not asked:
             return
+        client = asked[index % len(asked)]
         number, ask = next(iter(client.asks.items()))
         bytes = 0 if part == 0 else min(client.lease, ask.bytes // part)
         client.lease -= bytes
@@ -159,7 +170,7 @@ class BooksMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 9))
     def close(self, index: int) -> None:
         client = self.pick(index)
-        if client is None:
+        if client is None or len(self.clients) < 4:
             return
         charged = self.world.lease(client.name, client.account.player.device)
         number = client.account.player.say(Close(client.account.number))
@@ -171,7 +182,8 @@ class BooksMachine(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, 9), how=st.sampled_from(["die", "leave"]))
     def end(self, index: int, how: str) -> None:
-        if client := self.pick(index):
+        client = self.pick(index)
+        if client is not None and len(self.clients) > 3:
             self.clients.remove(client)
             getattr(client.account.player, how)()
 
@@ -193,6 +205,19 @@ class BooksMachine(RuleBasedStateMachine):
         if "GPU-1" in {device.uuid for device in self.world.broker.state().devices}:
             self.world.look("GPU-1", 100, used)
 
+    @rule(index=st.integers(0, 9), value=st.sampled_from([0, 100, 1000]))
+    def move(self, index: int, value: int) -> None:
+        if client := self.pick(index):
+            self.world.broker.set_priority(f"{client.name}", value)
+            self.world.deliver()
+
+    @rule(index=st.integers(0, 9), most=st.integers(50, 100))
+    def limit(self, index: int, most: int) -> None:
+        if client := self.pick(index):
+            client.max = most
+            self.world.broker.set_limits(None, client.name, max=most)
+            self.world.deliver()
+
     @precondition(lambda self: hasattr(self, "world"))
     @invariant()
     def what_must_hold(self) -> None:
@@ -207,4 +232,4 @@ class BooksMachine(RuleBasedStateMachine):
 
 
 TestBooksMachine = BooksMachine.TestCase
-TestBooksMachine.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+TestBooksMachine.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)

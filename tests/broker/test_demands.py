@@ -373,3 +373,11 @@ def test_in_the_grace_after_a_crash_demands_wait_for_tenants_to_come_back() -> N
     world.wait(0.6)
     assert isinstance(early.player.answer(number), Denied)
     assert isinstance(early.player.answer(early.demand(20)), Grant)
+
+
+def test_one_account_can_have_only_so_many_demands_waiting() -> None:
+    world = World()
+    training, serving = two(world)
+    training.get(100)
+    numbers = [serving.demand(1, rung=0, timeout=60.0) for _ in range(129)]
+    assert "128 of its demands wait already" in serving.denied(numbers[-1]).reason

@@ -171,7 +171,7 @@ def test_one_user_has_so_many_connections_and_no_more(stopped: Service) -> None:
     stopped.config.write_text(f"[[grant]]\nuid = {os.geteuid()}\nmax_value = 1000\nconnections = 5\n")
     service = stopped.start()
     tenants = [service.tenant() for _ in range(5)]
-    for _ in range(200):
+    for _ in range(2000):
         more = Tenant(service.path, hello=False)
         _, refused = more.receive() or (0, None)
         assert isinstance(refused, Refused) and refused.kind == 5
@@ -263,6 +263,20 @@ def test_a_broker_that_stopped_without_tenants_needs_no_grace(service: Service) 
     service.start()
     with service.tenant() as tenant:
         assert tenant.get(tenant.open("a"), MiB, rung=FREE_ONLY, timeout=0.0) == MiB
+
+
+def test_a_broker_that_stopped_with_memory_leased_gives_its_tenants_a_grace(service: Service) -> None:
+    with service.tenant() as tenant:
+        tenant.get(tenant.open("a"), MiB)
+    assert service.stop() == 0
+    assert (service.directory / "broker.lock").read_text().split()[1] == "dirty"
+
+
+def test_an_option_that_will_not_do_is_said_and_nothing_is_served(tmp_path: Path) -> None:
+    for option, words in (("--device=much", "HOST=4GiB"), ("--device=X=much", "'much' is not a size")):
+        launched = Service(tmp_path, option).launch(subprocess.PIPE)
+        _, error = launched.communicate(timeout=LONG)
+        assert launched.returncode == 2 and words in error
 
 
 def service_pid(service: Service) -> int:

@@ -9,6 +9,9 @@ from torch_elastic_mem.broker.rules import for_ledger
 from torch_elastic_mem.broker.session import Session
 from torch_elastic_mem.errors import AdmissionError, InvalidArgument
 
+# Of one arena.
+MOST_ACCOUNTS = 256
+
 
 class Accounts:
     """Who holds what of a device. Sizes are bytes."""
@@ -33,7 +36,10 @@ class Accounts:
             InvalidArgument: the connection has one of that name, or the limits contradict each other.
             AdmissionError: the `min` does not fit.
         """
-        if any(each.session is session and each.name == name for each in self.holders.values()):
+        mine = {each.name for each in self.holders.values() if each.session is session}
+        if len(mine) >= MOST_ACCOUNTS:
+            raise InvalidArgument(f"account '{name}' would be one more than {MOST_ACCOUNTS}; close some")
+        if name in mine:
             raise InvalidArgument(f"account '{name}' exists already; names are unique within an arena")
         title = f"{name}/{session.process.pid}"
         # Two arenas of a process may have an account of one name each.

@@ -114,7 +114,7 @@ async def run(
             await stop.wait()
             logger.info("stopping")
             systemd.notify(environment, "STOPPING=1")
-        tenants = server.connections
+        tenants = any(device.leased for device in broker.state().devices)
         server.close()
         # What systemd has opened it gives to the next broker.
         if given is None:
@@ -147,7 +147,7 @@ def listen(path: Path, config: Config) -> socket.socket:
 
 
 class _Lock:
-    """The locked file: who serves, and whether tenants were left."""
+    """The locked file: who serves, and whether tenants were left that hold memory."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -182,7 +182,12 @@ async def _background(work: AsyncIterator[None]) -> AsyncIterator[None]:
         async for _ in work:
             pass
 
+    def say(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("a part of the broker has ended", exc_info=task.exception())
+
     task = asyncio.create_task(drive())
+    task.add_done_callback(say)
     try:
         yield
     finally:

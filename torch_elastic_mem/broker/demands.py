@@ -25,6 +25,9 @@ from torch_elastic_mem.broker.protocol import (
 from torch_elastic_mem.broker.queue import Queue
 from torch_elastic_mem.broker.session import Letter, Session
 
+# A thread waits for one; more is a program that has lost its way, and every one is looked at in each turn.
+MOST_WAITING = 128
+
 
 class Demands:
     """What accounts ask for, until it is answered.
@@ -87,6 +90,8 @@ class Demands:
             if no_member is not None:
                 self._answer_no(queued, OUT_OF_MEMORY if message.members else INVALID, no_member, now)
                 return
+        if refusal is None and len(self._queue.of(holder)) >= MOST_WAITING:
+            refusal = f"{words.wish(holder, message.bytes)}, but {MOST_WAITING} of its demands wait already"
         if refusal is not None:
             self._deny(queued, refusal, now)
             return

@@ -63,23 +63,26 @@ class Reclaim:
         """Asks for what is missing and not on its way."""
         ledger = self._accounts.ledger
         for need, holders, bytes in self._orders:
-            on_its_way = self._asks.expected(now, need)
-            self._ask(need, bytes - need.gained - on_its_way, self._take_of(holders), holders, now)
+            missing = bytes - need.gained - self._asks.expected(now, need)
+            self._ask(need, missing, self._take_of(holders), holders, now)
+        coming = self._asks.expected(now)
         if ledger.overdrawn:
             self._shrink = self._shrink or shrink_need(now)
-            missing = ledger.overdrawn - self._asks.expected(now)
-            self._ask(self._shrink, missing, ledger.plan_shrink, self._accounts.holders.values(), now)
+            everybody = self._accounts.holders.values()
+            coming += self._ask(self._shrink, ledger.overdrawn - coming, ledger.plan_shrink, everybody, now)
         else:
             self._shrink = None
         for queued, shortage in self._queue.shortages():
-            missing = min(shortage - self._asks.expected(now), queued.bytes + self._accounts.above_low)
-            self._ask(queued, missing, self._plan_for(queued.holder), self._victims(queued.holder, now), now)
+            missing = min(shortage - coming, queued.bytes + self._accounts.above_low)
+            if missing > 0 and now >= queued.rest_until:
+                victims = self._victims(queued.holder, now)
+                coming += self._ask(queued, missing, self._plan_for(queued.holder), victims, now)
         if ledger.free < self._accounts.above_low:
-            self._keep_reserve(now)
+            self._keep_reserve(coming, now)
         else:
             self._reserve = None
 
-    def _keep_reserve(self, now: float) -> None:
+    def _keep_reserve(self, coming: int, now: float) -> None:
         """Asks the classes below the highest, as an account of that would."""
         holders = self._accounts.holders.values()
         top = max(holders, key=lambda each: (each.limits.value, -each.lease), default=None)
@@ -89,13 +92,13 @@ class Reclaim:
             return
         self._reserve = self._reserve or reserve_need(now)
         above_low = self._accounts.above_low
-        missing = above_low - self._accounts.ledger.free + self._queue.bytes - self._asks.expected(now)
+        missing = above_low - self._accounts.ledger.free + self._queue.bytes - coming
         self._ask(self._reserve, min(missing, above_low), self._plan_for(top), lower, now)
 
-    def _ask(self, need: Need, missing: int, plan: Plan, victims: Iterable[Holder], now: float) -> None:
-        """Sends one plan at the need's rung, or goes up to the first at which there is one."""
+    def _ask(self, need: Need, missing: int, plan: Plan, victims: Iterable[Holder], now: float) -> int:
+        """Sends one plan at the need's rung, or goes up to where there is one. Returns how much was asked."""
         if missing <= 0 or need.top < 0 or now < need.rest_until or now >= need.deadline:
-            return
+            return 0
         asked = self._asks.by_account(now)
         able = [each for each in victims if each.can_answer and each.spare > asked.get(each.id, 0)]
         while True:
@@ -110,10 +113,10 @@ class Reclaim:
                 same = isinstance(need, Queued) and need.holder.limits.value == holder.limits.value
                 self._asks.send(need, holder, bytes, same, now)
             if planned or self._asks.hold_up(need, now):
-                return
+                return sum(bytes for _, bytes in planned)
             if not need.climb():
                 need.rest(now)
-                return
+                return 0
 
     def _victims(self, demander: Holder, now: float) -> list[Holder]:
         value = demander.limits.value
