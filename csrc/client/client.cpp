@@ -91,7 +91,8 @@ void Client::call(Call& call, Deadline deadline) {
 
 /// Sends a question whose account the broker knows. The others go when it does.
 void Client::try_send(uint64_t request, Call& call) {
-  if (call.sent || !connected()) return;
+  // One that has its answer is still listed until its caller wakes.
+  if (call.sent || call.done || call.settling || !connected()) return;
   const auto found = entries_.find(call.account);
   if (found == entries_.end()) return;
   Entry& entry = found->second;
@@ -397,7 +398,7 @@ void Client::on_grant(const Header& header, const Granted& granted) {
   size_t take = 0;
   {
     const Lock lock(mutex_);
-    if (const auto found = calls_.find(header.request); found != calls_.end()) {
+    if (const auto found = calls_.find(header.request); found != calls_.end() && !found->second->done) {
       found->second->settling = waiting = true;
       take = found->second->demand->take;
     }
