@@ -48,9 +48,20 @@ def test_without_a_file_all_is_by_default_or_environment(
 ) -> None:
     monkeypatch.setenv("TEM_BROKER", "/elsewhere/tenants.sock")
     lines = tem("--show").stdout.splitlines()
-    said = {line.split()[0]: line for line in lines}
-    assert said["broker"].endswith('"/elsewhere/tenants.sock"  (environment TEM_BROKER)')
+    said = {line.split("  ")[0]: line for line in lines}
+    assert said["tenants look at"].endswith('"/elsewhere/tenants.sock"  (environment TEM_BROKER)')
     assert said["metrics"].endswith("none  (default)")
+
+
+def test_options_of_serve_go_over_the_file(file: Path, runtime: Path) -> None:
+    options = "--metrics 9000 --device HOST=2GiB --reserve HOST=1MiB,2MiB --directory /run/other"
+    done = tem("--json", "--config", str(file), *options.split())
+    shown = {each["key"]: (each["value"], each["source"], each["where"]) for each in json.loads(done.stdout)}
+    assert shown["metrics"] == (9000, "flag", "--metrics")
+    assert shown['device."HOST".capacity'] == ("2GiB", "flag", "--device")
+    assert shown['device."HOST".reserve'] == (["1MiB", "2MiB"], "flag", "--reserve")
+    assert shown["directory"] == ("/run/other", "flag", "--directory")
+    assert shown["limits[0].name"][1] == "file"
 
 
 def test_a_check_says_nothing_about_a_file_that_is_right(file: Path) -> None:

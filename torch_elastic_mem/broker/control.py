@@ -39,8 +39,8 @@ class EventsRequest(Request, frozen=True, kw_only=True, tag="events"):
 class LimitsRequest(Request, frozen=True, kw_only=True, tag="limits"):
     """Sets the limits given, in bytes, of accounts by name; answered by how many those are.
 
-    `name` is an account's, "name/pid" or a class. `device` is a UUID or a label; without it, on every device. None for `high` or `max` is no limit; a field that is not
-    there stays as it is.
+    `name` is an account's, "name/pid" or a class. `device` is a UUID or a label; without it, on every device.
+    None for `high` or `max` is no limit; a field that is not there stays as it is.
     """
 
     name: str

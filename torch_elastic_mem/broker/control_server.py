@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import struct
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from torch_elastic_mem.broker import control
+from torch_elastic_mem.broker import control as words
 from torch_elastic_mem.broker.state import Event, MachineState
 from torch_elastic_mem.errors import BrokerError, InvalidArgument, TemError
+
+if TYPE_CHECKING:
+    from torch_elastic_mem.broker.daemon import Running
 
 # Each connection costs the broker a descriptor, of which tenants need the most.
 MOST_CONNECTIONS = 64
 # A reader that takes none of an answer for this long is let go.
 _SLOWEST_READER = 10.0
 
-_CHANGES = (control.LimitsRequest, control.PriorityRequest, control.ReclaimRequest)
-_decode = msgspec.json.Decoder(control.AnyRequest).decode
+_CHANGES = (words.LimitsRequest, words.PriorityRequest, words.ReclaimRequest)
+_decode = msgspec.json.Decoder(words.AnyRequest).decode
 _encode = msgspec.json.Encoder().encode
 
 
@@ -41,6 +47,77 @@ class Controlled(Protocol):
 
     async def reclaim(self, name: str, count: int, timeout: float, /) -> int:
         """Has accounts give bytes back within seconds; returns how many came."""
+
+
+class Operated:
+    """A broker as operators change it: what it then has to say to tenants goes out at once."""
+
+    def __init__(self, broker: Controlled, flush: Callable[[], None]) -> None:
+        self.state = broker.state
+        self.events = broker.events
+        self._broker = broker
+        self._flush = flush
+
+    def set_limits(self, device: str | None, name: str, **limits: Any) -> int:
+        """As the broker's."""
+        try:
+            return self._broker.set_limits(device, name, **limits)
+        finally:
+            self._flush()
+
+    def set_priority(self, name: str, priority: str) -> int:
+        """As the broker's."""
+        try:
+            return self._broker.set_priority(name, priority)
+        finally:
+            self._flush()
+
+    async def reclaim(self, name: str, count: int, timeout: float) -> int:
+        """As the broker's; it goes on to its end if who asked goes away."""
+        asked = asyncio.ensure_future(self._broker.reclaim(name, count, timeout))
+        # So that it begins, and its asks are there to be sent.
+        await asyncio.sleep(0)
+        self._flush()
+        return await asyncio.shield(asked)
+
+
+@contextlib.asynccontextmanager
+async def control(running: Running) -> AsyncIterator[ControlServer]:
+    """A service of the daemon: the control socket, systemd's or one of its own beside the tenants'."""
+    given = running.sockets.pop("control", None)
+    path = running.paths.control
+    listener = given or listen(path, running.config.group is not None)
+    server = await ControlServer.start(Operated(running.broker, running.server.flush), listener)
+    try:
+        yield server
+    finally:
+        await server.close()
+        if given is None:
+            path.unlink(missing_ok=True)
+
+
+def listen(path: Path, by_group: bool) -> socket.socket:
+    """Opens a control socket in the place of one that a broker has left behind.
+
+    Args:
+        path: of the socket; the caller has its directory to itself.
+        by_group: the directory's group may connect, too.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        listener.bind(os.fspath(path))
+        if by_group:
+            os.chown(path, -1, path.parent.stat().st_gid)
+        os.chmod(path, 0o660 if by_group else 0o600)
+        listener.listen(MOST_CONNECTIONS)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
 
 
 class ControlServer:
@@ -73,7 +150,7 @@ class ControlServer:
                 tasks.discard(task)
                 await _end(writer)
 
-        server = await asyncio.start_unix_server(connected, sock=listener, limit=control.LARGEST_REQUEST)
+        server = await asyncio.start_unix_server(connected, sock=listener, limit=words.LARGEST_REQUEST)
         return cls(broker, server, tasks)
 
     async def close(self) -> None:
@@ -102,7 +179,7 @@ class _Connection:
             try:
                 line = await self._reader.readline()
             except ValueError:
-                await self._send(_refusal(f"a request is at most {control.LARGEST_REQUEST} bytes long"))
+                await self._send(_refusal(f"a request is at most {words.LARGEST_REQUEST} bytes long"))
                 return
             if not line.endswith(b"\n"):
                 return
@@ -113,16 +190,16 @@ class _Connection:
                 return
             await self._send(await self._answer(request))
 
-    async def _answer(self, request: control.AnyRequest) -> control.Answer:
+    async def _answer(self, request: words.AnyRequest) -> words.Answer:
         try:
             if isinstance(request, _CHANGES) and not self._may_change():
                 me = os.geteuid()
                 raise BrokerError(
                     f"only root and user {me}, whose broker this is, may change things; others look"
                 )
-            return control.Answer(ok=msgspec.Raw(_encode(await self._do(request))))
+            return words.Answer(ok=msgspec.Raw(_encode(await self._do(request))))
         except TemError as error:
-            kind = next((name for name, kind in control.ERROR_KINDS.items() if isinstance(error, kind)), "")
+            kind = next((name for name, kind in words.ERROR_KINDS.items() if isinstance(error, kind)), "")
             return _refusal(str(error), kind)
 
     def _may_change(self) -> bool:
@@ -131,25 +208,25 @@ class _Connection:
         peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         return struct.unpack("3i", peer)[1] in (0, os.geteuid())
 
-    async def _do(self, request: control.AnyRequest) -> object:
+    async def _do(self, request: words.AnyRequest) -> object:
         broker = self._broker
         match request:
-            case control.StateRequest():
+            case words.StateRequest():
                 return broker.state()
-            case control.EventsRequest(since=since):
-                return broker.events(since)[: control.EVENTS_A_PAGE]
-            case control.LimitsRequest(name=name, device=device):
+            case words.EventsRequest(since=since):
+                return broker.events(since)[: words.EVENTS_A_PAGE]
+            case words.LimitsRequest(name=name, device=device):
                 if not request.limits():
                     raise InvalidArgument("no limit was given: name one of min, low, high, max and weight")
                 return broker.set_limits(device, name, **request.limits())
-            case control.PriorityRequest(name=name, priority=priority):
+            case words.PriorityRequest(name=name, priority=priority):
                 return broker.set_priority(name, priority)
-            case control.ReclaimRequest(name=name, bytes=count, timeout=timeout):
+            case words.ReclaimRequest(name=name, bytes=count, timeout=timeout):
                 if count <= 0 or not 0 <= timeout <= 3600:
                     raise InvalidArgument("a reclaim is of at least one byte, within at most an hour")
                 return await broker.reclaim(name, count, timeout)
 
-    async def _send(self, answer: control.Answer) -> None:
+    async def _send(self, answer: words.Answer) -> None:
         self._writer.write(_encode(answer) + b"\n")
         async with asyncio.timeout(_SLOWEST_READER):
             await self._writer.drain()
@@ -165,5 +242,5 @@ async def _end(writer: asyncio.StreamWriter) -> None:
         writer.transport.abort()
 
 
-def _refusal(message: str, kind: str = "refused") -> control.Answer:
-    return control.Answer(error=message, kind=kind)
+def _refusal(message: str, kind: str = "refused") -> words.Answer:
+    return words.Answer(error=message, kind=kind)

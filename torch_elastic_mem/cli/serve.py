@@ -41,8 +41,10 @@ def serve(
 
     from torch_elastic_mem.broker import daemon
     from torch_elastic_mem.broker.config import Config, merge, read_table
+    from torch_elastic_mem.broker.control_server import control
     from torch_elastic_mem.broker.paths import default_directory
     from torch_elastic_mem.errors import TemError
+    from torch_elastic_mem.observe.exporter import metrics as metrics_service
 
     def read() -> Config:
         table = {} if config is None else read_table(config)
@@ -53,6 +55,7 @@ def serve(
 
     where = directory or default_directory(os.environ)
     try:
-        asyncio.run(daemon.run(read, where.absolute(), ready=ready, verbose=verbose))
+        services = (control, metrics_service)
+        asyncio.run(daemon.run(read, where.absolute(), services=services, ready=ready, verbose=verbose))
     except OSError as error:
         raise TemError(f"cannot serve in {where}: {error}") from None

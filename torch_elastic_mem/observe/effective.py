@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +9,14 @@ from typing import Any, Literal
 import msgspec
 
 from torch_elastic_mem.broker import paths
-from torch_elastic_mem.broker.config import Config, load
+from torch_elastic_mem.broker.config import merge, read_table
+from torch_elastic_mem.errors import InvalidArgument
 
 Source = Literal["default", "file", "environment", "flag"]
+Place = tuple[str | int, ...]
+
+# The options of `tem serve`, by the last part of what they set.
+_FLAGS = {"capacity": "--device", "reserve": "--reserve", "metrics": "--metrics", "log": "--log"}
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -31,53 +35,90 @@ class Setting(msgspec.Struct, frozen=True):
     where: str = ""
 
 
-def effective(environment: Mapping[str, str], file: Path | None, flag: str = "--config") -> list[Setting]:
-    """What is in force with an environment and a file.
+def effective(
+    environment: Mapping[str, str], file: Path | None, directory: Path | None, **options: Any
+) -> list[Setting]:
+    """What is in force with an environment, a file and what the command line says over them.
 
     Args:
         environment: of the process.
         file: the configuration; None for none.
-        flag: that named the file.
+        directory: that an option names; None for the default one.
+        options: as for `broker.config.merge`.
 
     Raises:
-        InvalidArgument: the file cannot be read, or says something unknown or impossible.
+        InvalidArgument: the file cannot be read, or something is unknown or impossible.
     """
-    config = load(file) if file else Config()
-    raw = tomllib.loads(file.read_text()) if file else {}
-    found = [_directory(environment), _socket(environment)]
-    found.append(Setting("config", str(file), "flag", flag) if file else Setting("config", None, "default"))
-    for field, value in msgspec.to_builtins(config).items():
-        found += _flat(field, value, raw.get(field), str(file))
+    table = {} if file is None else read_table(file)
+    flags = msgspec.to_builtins(merge({}, **options))
+    try:
+        config = msgspec.to_builtins(merge(table, **options))
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{file}: {error}") from None
+    found = [_directory(environment, directory), _socket(environment)]
+    found.append(Setting("config", str(file), "flag", "--config") if file else _default("config"))
+    for path, value in _leaves(config, ()):
+        if _at(flags, path) not in (None, (), {}):
+            found.append(Setting(_key(path), value, "flag", _FLAGS[str(path[-1])]))
+        elif _at(table, path) is not None:
+            found.append(Setting(_key(path), value, "file", str(file)))
+        else:
+            found.append(_default(_key(path), value))
     return found
 
 
-def _directory(environment: Mapping[str, str]) -> Setting:
+def _default(key: str, value: Any = None) -> Setting:
+    return Setting(key, value, "default")
+
+
+def _directory(environment: Mapping[str, str], given: Path | None = None) -> Setting:
+    if given:
+        return Setting("directory", str(given.absolute()), "flag", "--directory")
     value = str(paths.default_directory(environment))
     for variable in (paths.DIRECTORY, "XDG_RUNTIME_DIR"):
         if environment.get(variable):
             return Setting("directory", value, "environment", variable)
-    return Setting("directory", value, "default")
+    return _default("directory", value)
 
 
 def _socket(environment: Mapping[str, str]) -> Setting:
     """The socket that tenants with this environment look for, which need not be in the directory."""
     value = str(paths.tenants_socket(environment))
     if environment.get(paths.BROKER):
-        return Setting("broker", value, "environment", paths.BROKER)
+        return Setting("tenants look at", value, "environment", paths.BROKER)
     directory = _directory(environment)
-    return Setting("broker", value, directory.source, directory.where)
+    return Setting("tenants look at", value, directory.source, directory.where)
 
 
-def _flat(key: str, value: Any, given: Any, file: str) -> Iterator[Setting]:
-    """A value by its parts. TOML has no null, so what is None in the file's table is not there."""
+def _leaves(value: Any, path: Place) -> Iterator[tuple[Place, Any]]:
+    """The values of nested tables, and where they are. A list of what is no table is one value."""
     if isinstance(value, dict) and value:
         for name, part in value.items():
-            inner = f'{key}."{name}"' if key == "device" else f"{key}.{name}"
-            yield from _flat(inner, part, (given or {}).get(name), file)
+            yield from _leaves(part, (*path, name))
     elif isinstance(value, list | tuple) and value and isinstance(value[0], dict):
         for number, part in enumerate(value):
-            yield from _flat(f"{key}[{number}]", part, given[number], file)
-    elif given is None:
-        yield Setting(key, value, "default")
+            yield from _leaves(part, (*path, number))
     else:
-        yield Setting(key, value, "file", file)
+        yield path, value
+
+
+def _at(table: Any, path: Place) -> Any:
+    """What a table has there; None for nothing, which TOML cannot say otherwise."""
+    for step in path:
+        try:
+            table = table[step]
+        except (KeyError, IndexError):
+            return None
+    return table
+
+
+def _key(path: Place) -> str:
+    written = ""
+    for position, step in enumerate(path):
+        if isinstance(step, int):
+            written += f"[{step}]"
+        elif position == 1 and path[0] == "device":
+            written += f'."{step}"'
+        else:
+            written += f".{step}" if position else step
+    return written

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch_elastic_mem.broker.state import Event, MachineState
 from torch_elastic_mem.errors import InvalidArgument
 from torch_elastic_mem.observe.metrics import Collector
+
+if TYPE_CHECKING:
+    from torch_elastic_mem.broker.daemon import Running
 
 # A loop that is busy for longer has the scrape fail rather than pile up.
 _READ_SECONDS = 5.0
@@ -23,6 +27,21 @@ class Observed(Protocol):
 
     def events(self, since: int) -> list[Event]:
         """Those after number `since` that it still has, oldest first."""
+
+
+@contextlib.asynccontextmanager
+async def metrics(running: Running) -> AsyncIterator[None]:
+    """A service of the daemon: metrics at the port that its configuration names, if it names one."""
+    if running.config.metrics is None:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    close = serve_metrics(running.broker, loop, running.config.metrics)
+    try:
+        yield
+    finally:
+        # A scrape may wait for this loop, and the server for the scrape.
+        await loop.run_in_executor(None, close)
 
 
 def serve_metrics(
