@@ -10,7 +10,15 @@ from rich.console import Console, RenderableType
 from tests.broker.machine import GiB, account, device, machine, serving
 from torch_elastic_mem.broker.state import AccountState, DeviceState
 from torch_elastic_mem.screen.bar import bar, parts
-from torch_elastic_mem.screen.cells import COLUMNS, account_cells, aligned, duration, limits, milliseconds
+from torch_elastic_mem.screen.cells import (
+    COLUMNS,
+    account_cells,
+    aligned,
+    duration,
+    limits,
+    milliseconds,
+    title,
+)
 from torch_elastic_mem.screen.top import picture
 
 SIZES = st.integers(0, 100 * GiB)
@@ -89,23 +97,31 @@ def test_names_of_other_processes_do_nothing_to_the_terminal_or_the_picture() ->
     free=SIZES,
     outside=SIZES,
     reserve=SIZES,
-    total=SIZES,
     width=st.integers(1, 300),
 )
 def test_a_bar_is_as_long_as_asked_and_its_parts_add_up(
-    leases: list[int], free: int, outside: int, reserve: int, total: int, width: int
+    leases: list[int], free: int, outside: int, reserve: int, width: int
 ) -> None:
     of = device(
         *(account(lease=lease) for lease in leases),
         free=free,
         outside=outside,
         reserve_low=reserve,
-        total=total,
     )
     whole = sum(part.bytes for part in parts(of))
-    assert whole == max(total, sum(leases))
+    assert whole == sum(leases) + free + reserve + outside
     assert all(part.bytes > 0 for part in parts(of))
     assert len(bar(of, width)) == (width if whole else 0)
+
+
+def test_a_device_is_named_once() -> None:
+    assert title(device(uuid="HOST", label="HOST")) == title(device(uuid="HOST", label="")) == "HOST"
+    assert title(device(uuid="GPU-1", label="H100")) == "H100 GPU-1"
+
+
+def test_a_device_without_accounts_has_a_bar_and_no_table() -> None:
+    shown = drawn(picture(machine(device()), 100), 100)
+    assert "PID" not in shown and "78\N{NO-BREAK SPACE}GiB\N{NO-BREAK SPACE}shared" in shown
 
 
 def test_neighbours_differ_without_colours() -> None:

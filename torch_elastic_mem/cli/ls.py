@@ -15,7 +15,7 @@ def ls(ctx: click.Context, as_json: bool) -> None:
 
     The exit code is 1 if there are none.
     """
-    from torch_elastic_mem.screen.cells import account_cells, aligned, printable
+    from torch_elastic_mem.screen.cells import account_cells, aligned, title
 
     with connect() as client:
         state = client.state()
@@ -23,7 +23,7 @@ def ls(ctx: click.Context, as_json: bool) -> None:
         echo_json({device.uuid: device.accounts for device in state.devices})
     for device in state.devices:
         if device.accounts and not as_json:
-            click.echo(printable(f"{device.uuid}  {device.label}"))
+            click.echo(title(device))
             for line in aligned([account_cells(account) for account in device.accounts]):
                 click.echo(f"  {line}")
     if not any(device.accounts for device in state.devices):

@@ -36,27 +36,17 @@ def class_style(priority: str) -> str:
 
 
 def parts(device: DeviceState) -> list[Part]:
-    """The bar from left to right: accounts from the highest class down, free, reserve, and what others have.
-
-    Their bytes add up to the device's total, unless more is leased than it has.
-    """
-    found = [
+    """The bar from left to right: accounts, highest class first, free, reserve, and what others have."""
+    accounts = [
         Part(printable(each.name), each.lease, class_style(each.priority), "█▓"[position % 2])
         for position, each in enumerate(device.accounts)
-        if each.lease
     ]
-    rest = device.total - sum(part.bytes for part in found)
-    for label, size, style, glyph in (
-        ("free", device.free, "green", "░"),
-        ("reserve", device.reserve_low, "bright_black", "▒"),
-        ("outside", device.outside, "white", "▚"),
-    ):
-        size = max(0, min(size, rest))
-        rest -= size
-        if size:
-            found.append(Part(label, size, style, glyph))
-    # A quota below what the device has, or memory on its way from one to another.
-    return [*found, Part("not shared", rest, "bright_black", "·")] if rest > 0 else found
+    others = [
+        Part("free", device.free, "green", "░"),
+        Part("reserve", device.reserve_low, "bright_black", "▒"),
+        Part("outside", device.outside, "white", "▚"),
+    ]
+    return [part for part in accounts + others if part.bytes]
 
 
 def bar(device: DeviceState, width: int) -> Text:
@@ -81,5 +71,6 @@ def legend(device: DeviceState) -> Text:
         # Lines break between parts, not within.
         text.append(words.replace(" ", "\N{NO-BREAK SPACE}"), style=part.style)
         text.append("   ")
-    text.append(f"of {format_bytes(device.total)}", style="dim")
+    shared = f"of {format_bytes(device.capacity)} shared, {format_bytes(device.total)} in all"
+    text.append(shared.replace(" ", "\N{NO-BREAK SPACE}"), style="dim")
     return text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch_elastic_mem.broker.state import AccountState, MachineState
+from torch_elastic_mem.broker.state import AccountState, DeviceState, MachineState
 from torch_elastic_mem.units import format_bytes
 
 COLUMNS = ("PID", "PROCESS", "ACCOUNT", "CLASS", "HELD", "LEASE", "LIMITS", "YIELDS/MIN", "SLOWEST", "STATE")
@@ -57,6 +57,11 @@ def headline(state: MachineState) -> str:
         f"{count(state.clients, 'client')}, {state.grants} granted, {state.denials} denied, "
         f"{count(state.asks, 'ask')}"
     )
+
+
+def title(device: DeviceState) -> str:
+    """A device's label, and its UUID where that says more."""
+    return printable(" ".join(dict.fromkeys(filter(None, (device.label, device.uuid)))))
 
 
 def count(number: int, noun: str) -> str:

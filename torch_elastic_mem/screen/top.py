@@ -9,13 +9,7 @@ from rich.text import Text
 
 from torch_elastic_mem.broker.state import DeviceState, MachineState
 from torch_elastic_mem.screen.bar import bar, class_style, legend
-from torch_elastic_mem.screen.cells import (
-    COLUMNS,
-    RIGHT,
-    account_cells,
-    headline,
-    printable,
-)
+from torch_elastic_mem.screen.cells import COLUMNS, RIGHT, account_cells, headline, printable, title
 from torch_elastic_mem.units import format_bytes
 
 _STATE_STYLES = {"ok": "green", "asked": "yellow", "debtor": "bold red", "lost": "red", "dying": "red"}
@@ -45,9 +39,9 @@ def device_panel(device: DeviceState, width: int) -> Panel:
     shown: list[RenderableType] = [bar(device, max(10, width - _AROUND_BAR)), legend(device)]
     if waiting := _waiting(device):
         shown.append(Text(waiting, style="yellow"))
-    shown += ["", accounts_table(device, width)]
-    title = Text(printable(f"{device.label}  {device.uuid}" if device.label else device.uuid))
-    return Panel(Group(*shown), title=title, padding=(0, 2))
+    if device.accounts:
+        shown += ["", accounts_table(device, width)]
+    return Panel(Group(*shown), title=Text(title(device)), padding=(0, 2))
 
 
 def accounts_table(device: DeviceState, width: int) -> Table:
