@@ -6,6 +6,7 @@ and, where there is a GPU and `--rung` says so, on that.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A broker of this machine's user has no part in the tests.
+    os.environ["TEM_BROKER"] = "0"
     # The long style prints arguments. Printing a cache reads blocks without memory, and a GPU that has
     # faulted once fails every test that comes after.
     if "cuda" in (config.getoption("--rung") or []) and config.option.tbstyle == "auto":

@@ -194,7 +194,7 @@ class FakeRung(Rung):
 
     def leftovers(self) -> bool:
         try:
-            tem.Arena(self.device, capacity=2 * MiB, reserve=(0, 0)).close()
+            tem.Arena(self.device, capacity=2 * MiB, reserve=(0, 0), broker=None).close()
         except tem.InUseError:
             return True
         return self.live() != self.before

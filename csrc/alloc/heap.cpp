@@ -72,6 +72,46 @@ void* Heap::allocate(size_t bytes, Stream stream) {
   return grow(rounded, bytes, stream, deadline_in(kFenceWait));
 }
 
+bool Heap::allocate_at(void* pointer, size_t bytes, Stream stream) {
+  born_.check(name_.c_str());
+  const Guard guard(mutex_);
+  if (!parked_.empty()) unpark();
+  const size_t rounded = rounded_of(bytes);
+  Lane& lane = lane_for(stream, rounded <= kSmallBlock);
+  const size_t offset = offset_of(pointer);
+  const size_t begin = spans_.region_begin(lane.small);
+  if (!contains(pointer) || offset < begin || offset >= spans_.region_end(lane.small)) return false;
+  if (rounded <= kSlabBlock) {
+    if (!take_in_slab(lane, offset, rounded, bytes)) return false;
+  } else {
+    while (Span* hot = lane.pop_hot()) set_free(hot);
+    const size_t unit = SpanMap::unit(lane.small);
+    const size_t whole = round_up(rounded, unit);
+    if ((offset - begin) % unit != 0 || free_over(lane, offset, whole) == nullptr) return false;
+    Span* span = carve(lane, offset, whole);
+    span->state = SpanState::kUsed;
+    span->requested = bytes;
+  }
+  count_taken(lane, bytes);
+  tell(MallocEvent::Action::kAllocate, address(offset), bytes, lane);
+  return true;
+}
+
+bool Heap::take_in_slab(Lane& lane, size_t offset, size_t rounded, size_t requested) {
+  Span* span = spans_.at(offset);
+  if (span == nullptr || span->state != SpanState::kSlab || span->lane != &lane) return false;
+  Slab* slab = span->slab.get();
+  const uint32_t block = slab->at(offset - span->offset);
+  if (slab->number() != size_class_of(rounded) || block == Slab::kNone || !slab->available(block)) {
+    return false;
+  }
+  slab->came_back = slab->kept;
+  slab->kept = slab->stamped = false;
+  slab->claim(block, requested);
+  if (slab->full()) lane.remove_slab(slab);
+  return true;
+}
+
 void* Heap::take(Lane& lane, size_t rounded, size_t requested) {
   if (!parked_.empty()) unpark();
   Spot spot;

@@ -36,6 +36,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   static std::shared_ptr<Heap> make(std::shared_ptr<Arena> arena, AccountId account, std::string name);
 
   void* allocate(size_t bytes, Stream stream) override;
+  bool allocate_at(void* address, size_t bytes, Stream stream) override;
   void free(void* block) override;
   void record_stream(void* block, Stream stream) override;
   BlockView block_at(const void* address) override;
@@ -44,6 +45,9 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   MallocStats stats() override;
   void count_retry() override;
   void count_out_of_memory() override;
+  void count_rejection() override;
+  void count_provided_segment(PoolId pool, size_t bytes, bool came) override;
+  void count_provided_block(size_t bytes, size_t requested, bool taken) override;
   void reset_peak() override;
   void reset_accumulated() override;
   std::vector<SegmentView> segments(PoolId pool) override;
@@ -81,6 +85,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   /// Of the device that the heap's memory is on.
   const std::shared_ptr<Device>& device() const { return device_; }
 
+  /// Without what another allocator provides.
   size_t live_bytes();
   size_t live_blocks();
   /// A child of fork() is served by nobody: its allocations go where they went without this package.
@@ -137,6 +142,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   Spot live_at(const void* pointer, const char* what);
   void* take(Lane& lane, size_t rounded, size_t requested);
   Span* take_span(Lane& lane, size_t bytes);
+  bool take_in_slab(Lane& lane, size_t offset, size_t rounded, size_t requested);
   void make_slab(Lane& lane, Span* span, size_t number);
   void release(Spot spot);
   void put(Spot spot);
@@ -150,6 +156,8 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   void mark(Lane& lane);
   void count_taken(const Lane& lane, size_t requested);
   void tell(MallocEvent::Action action, Address at, size_t bytes, const Lane& lane);
+  void count_segments(PoolId pool, bool small, int64_t segments, int64_t bytes, bool came);
+  void forget_gone_pools();
 
   // Growth, in heap_growth.cpp.
   void* grow(size_t rounded, size_t requested, Stream stream, Deadline deadline);
@@ -187,6 +195,7 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   std::vector<PlacedBlock> live_blocks_of(const Pool& pool);
   void check_restorable(const Pool& pool, const std::vector<PlacedBlock>& checkpoint);
   void claim(Pool& pool, const PlacedBlock& block);
+  Span* free_over(Lane& lane, size_t offset, size_t bytes);
   Span* carve(Lane& lane, size_t offset, size_t bytes);
   template <class Visit>
   void for_each_lane(Visit visit);
@@ -218,6 +227,8 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   size_t unmarked_ = 0;       // parked blocks with streams that could not be marked
   SharedRuns shared_runs_;
   MallocStats stats_;
+  int64_t provided_blocks_ = 0;  // counted in stats_ too
+  int64_t provided_bytes_ = 0;
   MallocObserver* observer_ = nullptr;
   size_t limit_ = SIZE_MAX;
   bool keep_ = true;  // free spans stay mapped until somebody needs them

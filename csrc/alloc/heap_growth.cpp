@@ -123,10 +123,8 @@ void Heap::add_extents(Lane& lane, Piece piece, const std::vector<Piece>& extent
     extents_.add(extent, &lane, stamp);
     tell(MallocEvent::Action::kMap, address(extent.offset), extent.bytes, lane);
   }
-  const auto count = static_cast<int64_t>(extents.size());
-  stats_.segment.add(lane.small, count);
-  stats_.reserved_bytes.add(lane.small, static_cast<int64_t>(piece.bytes));
-  stats_.maps += count;
+  count_segments(lane.pool.id, lane.small, static_cast<int64_t>(extents.size()),
+                 static_cast<int64_t>(piece.bytes), true);
   list_free(span);
 }
 

@@ -237,12 +237,18 @@ void Heap::claim(Pool& pool, const PlacedBlock& block) {
   tell(MallocEvent::Action::kAllocate, block.address, block.requested, lane);
 }
 
-/// Makes a span of its own, in no list, of a run that lies inside a free one.
-Span* Heap::carve(Lane& lane, size_t offset, size_t bytes) {
+/// The free span that has a run inside it, or null.
+Span* Heap::free_over(Lane& lane, size_t offset, size_t bytes) {
   Span* span = nullptr;
   lane.for_each_free([&](Span* free) {
     if (free->offset <= offset && offset + bytes <= free->end()) span = free;
   });
+  return span;
+}
+
+/// Makes a span of its own, in no list, of a run that lies inside a free one.
+Span* Heap::carve(Lane& lane, size_t offset, size_t bytes) {
+  Span* span = free_over(lane, offset, bytes);
   lane.unlist(span);
   if (offset != span->offset) {
     Span* rest = spans_.split(span, offset - span->offset);

@@ -126,9 +126,7 @@ void Heap::drop_extent(Span* span, Piece piece) {
     span = gone;
   }
   extents_.remove(piece.offset);
-  stats_.segment.sub(lane.small, 1);
-  stats_.reserved_bytes.sub(lane.small, static_cast<int64_t>(piece.bytes));
-  ++stats_.unmaps;
+  count_segments(lane.pool.id, lane.small, 1, static_cast<int64_t>(piece.bytes), false);
   tell(MallocEvent::Action::kUnmap, address(piece.offset), piece.bytes, lane);
   set_absent(span);
 }
@@ -162,9 +160,10 @@ void Heap::retire() {
   {
     const Guard guard(mutex_);
     if (!arena_) return;
-    if (const int64_t live = stats_.allocation.all.current; live != 0) {
+    if (const int64_t live = stats_.allocation.all.current - provided_blocks_; live != 0) {
+      const int64_t bytes = stats_.allocated_bytes.all.current - provided_bytes_;
       throw Error(Kind::kInUse, name_ + " still has " + std::to_string(live) + " live blocks of " +
-                                    format_bytes(static_cast<size_t>(stats_.allocated_bytes.all.current)) +
+                                    format_bytes(static_cast<size_t>(bytes)) +
                                     "; delete their tensors first");
     }
     keep_ = false;

@@ -22,6 +22,9 @@ void for_each_stat(MallocStats& stats, Change change) {
         &stats.reserved_bytes, &stats.active_bytes, &stats.inactive_split_bytes, &stats.requested_bytes}) {
     for (Stat* stat : {&figure->all, &figure->small, &figure->large}) change(*stat);
   }
+  for (auto& [pool, figure] : stats.reserved_bytes_by_pool) {
+    for (Stat* stat : {&figure.all, &figure.small, &figure.large}) change(*stat);
+  }
 }
 
 /// The blocks of a slab, with what is free between them.
@@ -49,12 +52,12 @@ void add_blocks(const Slab& slab, Address base, size_t slab_bytes, std::vector<B
 
 size_t Heap::live_bytes() {
   const Guard guard(mutex_);
-  return static_cast<size_t>(stats_.allocated_bytes.all.current);
+  return static_cast<size_t>(stats_.allocated_bytes.all.current - provided_bytes_);
 }
 
 size_t Heap::live_blocks() {
   const Guard guard(mutex_);
-  return static_cast<size_t>(stats_.allocation.all.current);
+  return static_cast<size_t>(stats_.allocation.all.current - provided_blocks_);
 }
 
 /// What is split is found by a walk: no allocation pays for it, so its peaks are those of the moments asked.
@@ -90,15 +93,72 @@ void Heap::count_out_of_memory() {
   ++stats_.out_of_memory;
 }
 
+void Heap::count_rejection() {
+  const Guard guard(mutex_);
+  ++stats_.rejections;
+}
+
+void Heap::count_segments(PoolId pool, bool small, int64_t segments, int64_t bytes, bool came) {
+  StatBySize* const of_pool = pool.shared() ? nullptr : &stats_.reserved_bytes_by_pool[pool];
+  if (came) {
+    stats_.segment.add(small, segments);
+    stats_.reserved_bytes.add(small, bytes);
+    if (of_pool != nullptr) of_pool->add(small, bytes);
+    stats_.maps += segments;
+  } else {
+    stats_.segment.sub(small, segments);
+    stats_.reserved_bytes.sub(small, bytes);
+    if (of_pool != nullptr) of_pool->sub(small, bytes);
+    stats_.unmaps += segments;
+  }
+}
+
+void Heap::count_provided_segment(PoolId pool, size_t bytes, bool came) {
+  const Guard guard(mutex_);
+  count_segments(pool, bytes <= kSmallBlock, 1, static_cast<int64_t>(bytes), came);
+}
+
+void Heap::count_provided_block(size_t bytes, size_t requested, bool taken) {
+  const bool small = bytes <= kSmallBlock;
+  const auto each = [&](auto change) {
+    change(stats_.allocation, 1);
+    change(stats_.active, 1);
+    change(stats_.allocated_bytes, static_cast<int64_t>(bytes));
+    change(stats_.active_bytes, static_cast<int64_t>(bytes));
+    change(stats_.requested_bytes, static_cast<int64_t>(requested));
+  };
+  const Guard guard(mutex_);
+  if (taken) {
+    each([&](StatBySize& figure, int64_t n) { figure.add(small, n); });
+  } else {
+    each([&](StatBySize& figure, int64_t n) { figure.sub(small, n); });
+  }
+  provided_blocks_ += taken ? 1 : -1;
+  provided_bytes_ += taken ? static_cast<int64_t>(bytes) : -static_cast<int64_t>(bytes);
+}
+
 void Heap::reset_peak() {
   const Guard guard(mutex_);
   for_each_stat(stats_, [](Stat& stat) { stat.peak = stat.current; });
+  forget_gone_pools();
 }
 
 void Heap::reset_accumulated() {
   const Guard guard(mutex_);
   for_each_stat(stats_, [](Stat& stat) { stat.allocated = stat.freed = 0; });
-  stats_.retries = stats_.out_of_memory = stats_.waits = stats_.maps = stats_.unmaps = 0;
+  stats_.retries = stats_.out_of_memory = stats_.rejections = stats_.waits = 0;
+  stats_.maps = stats_.unmaps = 0;
+  forget_gone_pools();
+}
+
+/// Captures make pools without end.
+void Heap::forget_gone_pools() {
+  auto& all = stats_.reserved_bytes_by_pool;
+  for (auto it = all.begin(); it != all.end();) {
+    const Stat& stat = it->second.all;
+    const bool empty = stat.peak == 0 && stat.allocated == 0 && stat.freed == 0;
+    it = empty && pools_.count(it->first) == 0 ? all.erase(it) : std::next(it);
+  }
 }
 
 std::vector<SegmentView> Heap::segments(PoolId pool) {

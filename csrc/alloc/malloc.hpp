@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -56,7 +57,9 @@ struct StatBySize {
 struct MallocStats {
   StatBySize allocation, segment, active, inactive_split;  // counts; a segment is an extent
   StatBySize allocated_bytes, reserved_bytes, active_bytes, inactive_split_bytes, requested_bytes;
-  int64_t retries = 0, out_of_memory = 0, waits = 0, maps = 0, unmaps = 0;
+  /// Of private pools, and of those that have gone since both resets.
+  std::map<PoolId, StatBySize> reserved_bytes_by_pool;
+  int64_t retries = 0, out_of_memory = 0, rejections = 0, waits = 0, maps = 0, unmaps = 0;
 };
 
 struct BlockView {
@@ -110,6 +113,9 @@ class Malloc {
 
   /// A block for work on `stream`. Error{kOutOfMemory} if the account cannot get the memory.
   virtual void* allocate(size_t bytes, Stream stream) = 0;
+  /// As that, at an address whose memory is mapped and free for the stream. False, with nothing changed, if a
+  /// block of this size cannot start there.
+  virtual bool allocate_at(void* address, size_t bytes, Stream stream) = 0;
   /// Work submitted to the block's stream, and to those recorded, may still touch it. Error{kInvalid} for a
   /// pointer that is no live block.
   virtual void free(void* block) = 0;
@@ -119,9 +125,14 @@ class Malloc {
   virtual BlockView block_at(const void* address) = 0;
 
   virtual MallocStats stats() = 0;
-  /// What only the caller knows of: a refused allocation that it tried again, and one that it gave up.
+  /// What only the caller knows of: a refused allocation that it tried again, one that it gave up, and one
+  /// that it gave up because of the limit alone.
   virtual void count_retry() = 0;
   virtual void count_out_of_memory() = 0;
+  virtual void count_rejection() = 0;
+  /// Memory for a pool that another allocator provides, and blocks of it: they are in the figures alone.
+  virtual void count_provided_segment(PoolId pool, size_t bytes, bool came) = 0;
+  virtual void count_provided_block(size_t bytes, size_t requested, bool taken) = 0;
   virtual void reset_peak() = 0;
   virtual void reset_accumulated() = 0;
   /// Segments of one pool, or of all with {0, 0}.

@@ -149,8 +149,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
 
   // For the upstream's threads.
 
-  /// A lease has come; `take` of it is charged for the caller that waits. False if its limits have changed
-  /// so that it may not hold them.
+  /// A lease has come; `take` bytes are charged at once for the caller that waits. False if the account may
+  /// not hold so many: another thread used what was there, or its limits were lowered.
   bool leased(AccountId id, size_t bytes, size_t take);
   /// Gives up to `bytes` of an account's lease: what is unused, idle extents, then by reclaimers up to
   /// `worst`. `progress` is told of each part when its memory has been released.
@@ -206,6 +206,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
     std::string priority;
     uint64_t given = 0, taken = 0, yields = 0, denied = 0;
     size_t reserved = 0;  // held for growths to come
+    size_t asked = 0;     // of its lease, by demands from outside that are being answered
   };
 
   Arena(std::shared_ptr<Backend> backend, const Options& options, std::shared_ptr<Upstream> upstream);

@@ -19,8 +19,8 @@ size_t Arena::leases() const {
   return sum;
 }
 
-/// Unused lease that an account keeps, so that growth by small steps costs no message. Nothing need lie behind
-/// it, and it is the first thing to go when another account wants memory.
+/// Unused lease that an account keeps, so that growth by small steps costs no message. Nothing need lie
+/// behind it, and it is the first thing to go when another account wants memory.
 size_t Arena::unused_kept() const {
   return std::clamp(round_down(ledger_.capacity() / 64, granularity()), granularity(), kMaxExtent);
 }
@@ -49,7 +49,7 @@ size_t Arena::take_lease(AccountId id, size_t bytes) noexcept {
 void Arena::return_leases() noexcept {
   for (const auto& [id, account] : ledger_.accounts()) {
     const size_t idle = unused(id);
-    const size_t keep = unused_kept();
+    const size_t keep = unused_kept() + tallies_.at(id).asked;
     if (idle <= keep) continue;
     if (const size_t bytes = take_lease(id, idle - keep)) upstream_->give_back(id, bytes);
   }
@@ -59,61 +59,47 @@ bool Arena::leased(AccountId id, size_t bytes, size_t take) {
   const Lock held(mutex_);
   ledger_.set_lease(id, ledger_.at(id).lease + bytes);
   mapper_.set_budget(budget());
-  const bool taken = ledger_.grant(id, take);
+  const bool taken = take != 0 && ledger_.grant(id, take);
   changed_.notify_all();
   return taken;
 }
 
 Grant Arena::acquire_leased(Lock& lock, AccountId id, size_t bytes, Deadline deadline, Rung worst,
                             const Group* group) {
-  // What is unused goes to this demand before another thread sees it, and comes back if the rest is refused.
-  size_t held = 0;
-  const auto hold = [&] {
-    const size_t more = std::min(bytes - held, ledger_.room(id));
-    if (more != 0 && ledger_.grant(id, more)) held += more;
-  };
-  std::optional<std::string> why;
+  // A member of a group always asks, and for all of it: the others wait for its demand.
   const auto ask = [&](std::optional<Rung> others) {
     LeaseDemand demand;
     demand.account = id;
-    demand.bytes = bytes - held;
-    demand.want = demand.bytes + unused_kept();
+    demand.bytes = group != nullptr ? bytes : bytes - std::min(bytes, unused(id));
+    demand.want = demand.bytes + (group != nullptr ? 0 : unused_kept());
+    demand.take = bytes;
     demand.others = others;
     demand.own = worst;
     demand.deadline = deadline;
     demand.group = group;
     lock.unlock();
-    why = upstream_->demand(demand);
+    LeaseAnswer answer = upstream_->demand(demand);
     lock.lock();
-    if (!why) held = bytes;
+    return answer;
   };
-  try {
-    if (group == nullptr) {
-      hold();
-      // What is free costs nobody anything; then goes what this account has idle; only then others yield.
-      const Idle own = idle_of(id);
-      if (held < bytes && own.ready + own.pending != 0) {
-        ask(std::nullopt);
-        if (held < bytes && trim_seats(id, bytes - held, SIZE_MAX, true, nullptr) != 0) hold();
-      }
-    }
-    if (group != nullptr) ask(Rung::kPause);
-    while (held < bytes && group == nullptr) {
-      ask(Rung::kPause);
-      if (!why) break;
-      // Another thread's demand may have brought more than it needs.
-      const size_t before = held;
-      hold();
-      if (held == before) break;
-    }
-    require_open();
-  } catch (...) {
-    if (held != 0) give_back(id, held);
-    throw;
+  // What is free costs nobody anything; then goes what this account has idle; only then others yield.
+  if (const Idle own = idle_of(id); group == nullptr && own.ready + own.pending != 0) {
+    if (ask(std::nullopt).taken) return Grant(shared_from_this(), id, bytes);
+    trim_seats(id, bytes - std::min(bytes, unused(id)), SIZE_MAX, true, nullptr);
   }
-  if (held == bytes) return Grant(shared_from_this(), id, bytes);
-  if (held != 0) give_back(id, held);
-  refuse(id, bytes, *why);
+  for (;;) {
+    require_open();
+    if (group == nullptr && ledger_.grant(id, bytes)) return Grant(shared_from_this(), id, bytes);
+    const LeaseAnswer answer = ask(Rung::kPause);
+    if (answer.taken) return Grant(shared_from_this(), id, bytes);
+    // Another thread may have brought more than it needs, or have taken what was meant for this one.
+    if (group == nullptr && ledger_.grant(id, bytes)) return Grant(shared_from_this(), id, bytes);
+    const Holding& account = ledger_.at(id);
+    const size_t most = std::min(account.limits.max, ledger_.capacity());
+    if (most < bytes || most - bytes < account.held) refuse(id, bytes, "its max is " + format_bytes(most));
+    if (!answer.why.empty()) refuse(id, bytes, answer.why);
+    if (Clock::now() >= deadline) refuse(id, bytes, "other threads took what was granted for it");
+  }
 }
 
 /// Room comes by asking: whoever frees memory elsewhere does not know who waits without a demand.
@@ -129,11 +115,10 @@ bool Arena::wait_for_lease(Lock& lock, AccountId id, size_t bytes, Deadline dead
       LeaseDemand demand;
       demand.account = id;
       demand.bytes = demand.want = bytes - room;
-      demand.take = false;
       demand.own = Rung::kPause;
       demand.deadline = deadline;
       lock.unlock();
-      granted = !upstream_->demand(demand);
+      granted = upstream_->demand(demand).why.empty();
       lock.lock();
     }
     if (!granted) changed_.wait_until(lock, std::min(deadline, Clock::now() + kRoomPoll));
@@ -174,10 +159,13 @@ Yielded Arena::yield(AccountId id, size_t bytes, Rung worst, Deadline deadline, 
   Yielded out;
   Lock lock = this->lock();
   (void)ledger_.at(id);
+  // What comes free meanwhile goes to this demand, not back by itself.
+  tallies_.at(id).asked += bytes;
   const auto missing = [&]() -> size_t {
     if (ledger_.accounts().count(id) == 0) return 0;
     const size_t taken = take_lease(id, bytes - out.bytes);
     out.bytes += taken;
+    tallies_.at(id).asked -= taken;
     if (taken != 0) progress(taken);
     return bytes - out.bytes;
   };
@@ -188,7 +176,10 @@ Yielded Arena::yield(AccountId id, size_t bytes, Rung worst, Deadline deadline, 
             return {{id, std::min(wanted, own->second)}};
           });
   missing();
-  if (ledger_.accounts().count(id) != 0) out.coming = std::min(idle_of(id).pending, bytes - out.bytes);
+  if (ledger_.accounts().count(id) != 0) {
+    out.coming = std::min(idle_of(id).pending, bytes - out.bytes);
+    tallies_.at(id).asked -= bytes - out.bytes;
+  }
   settle_spare();
   return out;
 }

@@ -1,8 +1,9 @@
 // Who grants leases from outside the process, as the arena sees it. Without one an arena shares out its
 // capacity by itself.
 //
-// A lease grows by demand() alone: the bytes are charged by Arena::leased() before the call returns. It shrinks
-// by give_back(), after the driver has released the memory. So what exists never exceeds what is leased.
+// A lease grows by demand() alone: the bytes are charged by Arena::leased() before the call returns. It
+// shrinks by give_back(), after the driver has released the memory. So what exists never exceeds what is
+// leased.
 #pragma once
 
 #include <cstddef>
@@ -27,11 +28,16 @@ struct LeaseDemand {
   AccountId account = kNobody;
   size_t bytes = 0;            // at least
   size_t want = 0;             // at most
-  bool take = true;            // `bytes` are charged to the account's held bytes when they come
+  size_t take = 0;             // charged to the account when the lease has come, if it covers them
   std::optional<Rung> others;  // the dearest that may be asked of others; none: free memory only
   Rung own = Rung::kTrim;      // and of this process's accounts
   Deadline deadline{};
   const Group* group = nullptr;
+};
+
+struct LeaseAnswer {
+  bool taken = false;  // `take` bytes are charged
+  std::string why;     // of a denial; empty if the lease has grown
 };
 
 class Upstream {
@@ -46,8 +52,7 @@ class Upstream {
   /// Error{kInUse} while bytes are leased to it.
   virtual void close(AccountId id) = 0;
   virtual void set_limits(AccountId id, const Limits& limits) = 0;
-  /// Why it was not granted; nothing if it was.
-  virtual std::optional<std::string> demand(const LeaseDemand& demand) = 0;
+  virtual LeaseAnswer demand(const LeaseDemand& demand) = 0;
   /// Ends its threads; nothing is called on the arena any more. `nothing_left`: all memory has been released.
   virtual void stop(bool nothing_left) noexcept = 0;
 

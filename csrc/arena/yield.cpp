@@ -324,8 +324,9 @@ Grant Arena::acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst, 
 
   if (upstream_) return acquire_leased(lock, id, bytes, deadline, worst, group);
   if (group != nullptr && group->members != 1) {
-    refuse(id, bytes, "the group '" + group->name + "' has " + std::to_string(group->members) +
-                          " members, and without a broker nobody brings them together");
+    refuse(id, bytes,
+           "the group '" + group->name + "' has " + std::to_string(group->members) +
+               " members, and without a broker nobody brings them together");
   }
 
   const Ticket ticket = ledger_.enqueue(id, bytes);
@@ -389,8 +390,9 @@ size_t Arena::set_limits(AccountId id, const Limits& limits, Deadline deadline) 
 
 size_t Arena::set_capacity(const Options& wanted, Deadline deadline) {
   if (upstream_) {
-    throw Error(Kind::kInvalid,
-                "the broker shares out this device: lower the account's max, or change the broker's capacity");
+    throw Error(
+        Kind::kInvalid,
+        "the broker shares out this device: lower the account's max, or change the broker's capacity");
   }
   const Options options = checked(*device_->backend, wanted);
   Lock lock = this->lock();

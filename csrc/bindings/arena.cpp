@@ -7,8 +7,8 @@
 
 #include "arena/growth.hpp"
 #include "bindings/bindings.hpp"
-#include "core/error.hpp"
 #include "client/client.hpp"
+#include "core/error.hpp"
 #include "core/sizes.hpp"
 
 namespace tem {
@@ -157,26 +157,25 @@ void bind_arena(py::module_& module) {
           Unlocked())
       .def(
           "unreserve", [](AccountHandle& self) { return self.arena->unreserve(self.id); }, Unlocked())
-      .def(
-          "limits",
-          [](AccountHandle& self) {
-            Limits limits;
-            std::string priority;
-            {
-              const NoGil unlocked;
-              limits = self.arena->account(self.id).limits;
-              priority = self.arena->priority(self.id);
-            }
-            py::dict out;
-            out["name"] = priority;
-            out["value"] = limits.value;
-            out["min"] = limits.min;
-            out["low"] = limits.low;
-            out["high"] = bounded(limits.high);
-            out["max"] = bounded(limits.max);
-            out["weight"] = limits.weight;
-            return out;
-          })
+      .def("limits",
+           [](AccountHandle& self) {
+             Limits limits;
+             std::string priority;
+             {
+               const NoGil unlocked;
+               limits = self.arena->account(self.id).limits;
+               priority = self.arena->priority(self.id);
+             }
+             py::dict out;
+             out["name"] = priority;
+             out["value"] = limits.value;
+             out["min"] = limits.min;
+             out["low"] = limits.low;
+             out["high"] = bounded(limits.high);
+             out["max"] = bounded(limits.max);
+             out["weight"] = limits.weight;
+             return out;
+           })
       .def(
           "trim", [](AccountHandle& self) { return self.arena->trim(self.id); }, Unlocked())
       .def(
@@ -205,8 +204,8 @@ void bind_arena(py::module_& module) {
 
   py::class_<client::Client, std::shared_ptr<client::Client>>(module, "Broker")
       .def(py::init([](const std::string& path, const std::string& device, const std::string& backend,
-                       const std::string& label, const std::string& process, size_t total,
-                       size_t granularity, double timeout) {
+                       const std::string& label, const std::string& process, size_t total, size_t granularity,
+                       double timeout) {
              return client::Client::connect(path, {device, backend, label, process, total, granularity},
                                             deadline_in(timeout));
            }),
@@ -238,8 +237,8 @@ void bind_arena(py::module_& module) {
             const Limits limits = limits_from(value, min, low, high, max, weight);
             return AccountHandle{self, self->open_account(name, priority, limits)};
           },
-          py::arg("name"), py::arg("priority"), py::arg("value"), py::arg("min"), py::arg("low"), py::arg("high"), py::arg("max"),
-          py::arg("weight"), Unlocked())
+          py::arg("name"), py::arg("priority"), py::arg("value"), py::arg("min"), py::arg("low"),
+          py::arg("high"), py::arg("max"), py::arg("weight"), Unlocked())
       .def(
           "set_capacity",
           [](Arena& self, size_t capacity, size_t low, size_t high, double timeout) {

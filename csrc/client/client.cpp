@@ -8,11 +8,11 @@
 namespace tem::client {
 namespace {
 
-constexpr double kAnswer = 5.0;    // seconds for an answer that needs nobody's yield
-constexpr double kGrace = 0.1;     // beyond a demand's deadline, by which the broker has answered it
-constexpr double kAgain = 0.1;     // between attempts to find a broker
-constexpr double kReports = 0.1;   // between reports
-constexpr double kLook = 1.0;      // between looks at what is idle, which moves without a word
+constexpr double kAnswer = 5.0;   // seconds for an answer that needs nobody's yield
+constexpr double kGrace = 0.1;    // beyond a demand's deadline, by which the broker has answered it
+constexpr double kAgain = 0.1;    // between attempts to find a broker
+constexpr double kReports = 0.1;  // between reports
+constexpr double kLook = 1.0;     // between looks at what is idle, which moves without a word
 
 uint64_t microseconds(Deadline deadline) {
   const double left = std::max(0.0, seconds_until(deadline));
@@ -64,7 +64,8 @@ void Client::handshake(Deadline deadline) {
   connection_.disconnect();
   if (header && header->type == static_cast<uint16_t>(Type::kRefused))
     throw Error(Kind::kBroker, refusal_of(message.data(), message.size()).what());
-  throw Error(Kind::kBroker, "broker at " + path() + " speaks another protocol; this package speaks version " +
+  throw Error(Kind::kBroker, "broker at " + path() +
+                                 " speaks another protocol; this package speaks version " +
                                  std::to_string(kVersion));
 }
 
@@ -175,20 +176,22 @@ void Client::set_limits(AccountId id, const Limits& limits) {
   if (const auto found = entries_.find(id); found != entries_.end()) found->second.limits = limits;
 }
 
-std::optional<std::string> Client::demand(const LeaseDemand& demand) {
+LeaseAnswer Client::demand(const LeaseDemand& demand) {
   Call asking{Type::kDemand, demand.account};
   asking.demand = &demand;
+  LeaseAnswer answer;
   try {
-    call(asking, demand.deadline + std::chrono::duration_cast<Clock::duration>(
-                                       std::chrono::duration<double>(kGrace)));
+    call(asking, demand.deadline +
+                     std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(kGrace)));
+    answer.taken = asking.taken;
   } catch (const Error& error) {
     if (error.kind() == Kind::kClosed) throw;
+    answer.why = error.what();
     const Lock lock(mutex_);
     const auto found = entries_.find(demand.account);
-    if (found != entries_.end() && !found->second.refused.empty()) return found->second.refused;
-    return error.what();
+    if (found != entries_.end() && !found->second.refused.empty()) answer.why = found->second.refused;
   }
-  return std::nullopt;
+  return answer;
 }
 
 void Client::give_back(AccountId id, size_t bytes) noexcept {
@@ -396,15 +399,19 @@ void Client::on_grant(const Header& header, const Granted& granted) {
     const Lock lock(mutex_);
     if (const auto found = calls_.find(header.request); found != calls_.end()) {
       found->second->settling = waiting = true;
-      take = found->second->demand->take ? found->second->demand->bytes : 0;
+      take = found->second->demand->take;
     }
   }
   std::optional<Error> error;
+  bool taken = false;
   try {
-    if (!arena_->leased(*id, granted.bytes, take))
-      error.emplace(Kind::kOutOfMemory, "the account's limits were lowered meanwhile");
+    taken = arena_->leased(*id, granted.bytes, take);
   } catch (const Error& closed) {
     error = closed;
+  }
+  {
+    const Lock lock(mutex_);
+    if (const auto found = calls_.find(header.request); found != calls_.end()) found->second->taken = taken;
   }
   finish(header.request, std::move(error));
   // Nobody waits any more: it is not kept from others.

@@ -1,8 +1,8 @@
 // An arena's side of the broker's protocol (docs/protocol.md).
 //
-// Threads: callers of demand() and the like wait for the answer. One thread of its own receives; it gives what
-// is unused or idle by itself, so that a demand elsewhere waits for no Python here. A second one, started when
-// first needed, runs what may take long: reclaimers, waits for fences, changed limits.
+// Threads: callers of demand() and the like wait for the answer. One thread of its own receives; it gives
+// what is unused or idle by itself, so that a demand elsewhere waits for no Python here. A second one,
+// started when first needed, runs what may take long: reclaimers, waits for fences, changed limits.
 //
 // Order of locks: arena, then `mutex_`, then the connection's. The arena is never called with `mutex_` held.
 #pragma once
@@ -50,7 +50,7 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
               const Limits& limits) override;
   void close(AccountId id) override;
   void set_limits(AccountId id, const Limits& limits) override;
-  std::optional<std::string> demand(const LeaseDemand& demand) override;
+  LeaseAnswer demand(const LeaseDemand& demand) override;
   void stop(bool nothing_left) noexcept override;
   void give_back(AccountId id, size_t bytes) noexcept override;
   void changed() noexcept override;
@@ -74,6 +74,7 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
     bool sent = false;
     bool settling = false;  // the answer is here and is being booked
     bool done = false;
+    bool taken = false;
     std::optional<Error> error{};
   };
   using Lock = std::unique_lock<std::mutex>;

@@ -16,11 +16,10 @@ namespace {
 constexpr size_t kMostUnsent = 4096;
 
 [[noreturn]] void fail(const std::string& path, int number) {
-  const std::string why = number == ENOENT || number == ECONNREFUSED
-                              ? "no broker listens there"
-                              : std::string(std::strerror(number));
-  throw Error(Kind::kBroker,
-              "broker at " + path + ": " + why + "; start one with `tem serve`, or set TEM_BROKER to its socket");
+  const std::string why = number == ENOENT || number == ECONNREFUSED ? "no broker listens there"
+                                                                     : std::string(std::strerror(number));
+  throw Error(Kind::kBroker, "broker at " + path + ": " + why +
+                                 "; start one with `tem serve`, or set TEM_BROKER to its socket");
 }
 
 }  // namespace
@@ -89,7 +88,8 @@ Connection::Event Connection::wait(Deadline deadline, Bytes& message) {
     if (!unsent_.empty()) entries[1].events |= POLLOUT;
   }
   const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - Clock::now()).count();
-  if (::poll(entries, 2, static_cast<int>(std::clamp<int64_t>(left, 0, 1 << 30))) <= 0) return Event::kNothing;
+  if (::poll(entries, 2, static_cast<int>(std::clamp<int64_t>(left, 0, 1 << 30))) <= 0)
+    return Event::kNothing;
   if ((entries[0].revents & POLLIN) != 0) {
     uint64_t count = 0;
     [[maybe_unused]] const ssize_t got = ::read(wake_.get(), &count, sizeof count);

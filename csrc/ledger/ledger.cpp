@@ -190,18 +190,18 @@ double Ledger::share(const Holding& account, size_t incoming) const {
   return pool * account.limits.weight / weights;
 }
 
-std::vector<Ask> Ledger::collect(size_t bytes, AccountId demander, const Givable* givable,
-                                 const Asked* asked, const std::vector<Rule>& rules) const {
+std::vector<Ask> Ledger::collect(size_t bytes, AccountId demander, const Givable* givable, const Asked* asked,
+                                 const std::vector<Rule>& rules) const {
   std::vector<Ask> asks;
   const auto planned = [&](AccountId id) -> size_t {
     size_t sum = 0;
     for (const Ask& ask : asks) sum += ask.victim == id ? ask.bytes : 0;
     return sum;
   };
-  const auto in = [](const std::map<AccountId, size_t>* bytes, AccountId id, size_t otherwise) {
-    if (bytes == nullptr) return otherwise;
-    const auto found = bytes->find(id);
-    return found == bytes->end() ? 0 : found->second;
+  const auto in = [](const std::map<AccountId, size_t>* found_in, AccountId id, size_t otherwise) {
+    if (found_in == nullptr) return otherwise;
+    const auto found = found_in->find(id);
+    return found == found_in->end() ? 0 : found->second;
   };
   std::vector<const Holding*> order;
   for (const auto& [id, account] : accounts_) {
@@ -239,8 +239,7 @@ std::vector<Ask> Ledger::collect(size_t bytes, AccountId demander, const Givable
   return merged;
 }
 
-std::vector<Ask> Ledger::plan(AccountId id, size_t bytes, const Givable* givable,
-                              const Asked* asked) const {
+std::vector<Ask> Ledger::plan(AccountId id, size_t bytes, const Givable* givable, const Asked* asked) const {
   const Holding& me = at(id);
   const int64_t value = me.limits.value;
   // Above `high` an account lives from what is free and from what others hold above their own `high`.

@@ -1,6 +1,7 @@
 #include "torch/cuda_allocator.hpp"
 
 #include <c10/core/impl/GPUTrace.h>
+#include <c10/cuda/CUDAAllocatorConfig.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -26,8 +27,8 @@ c10::Device device_of(const void* block) {
 }
 
 /// What torch's profiler is told of a block that was allocated, or freed with a negative size.
-void report(Malloc& malloc, void* block, int64_t bytes, c10::Device device) {
-  const MallocStats stats = malloc.stats();
+void report(Malloc* malloc, void* block, int64_t bytes, c10::Device device) {
+  const MallocStats stats = malloc == nullptr ? MallocStats{} : malloc->stats();
   c10::reportMemoryUsageToProfiler(block, bytes, static_cast<size_t>(stats.allocated_bytes.all.current),
                                    static_cast<size_t>(stats.reserved_bytes.all.current), device);
 }
@@ -82,7 +83,8 @@ CudaAllocator& CudaAllocator::over(MallocDirectory& directory) {
 CudaAllocator::CudaAllocator(MallocDirectory& directory)
     : directory_(directory),
       born_in_(::getpid()),
-      enabled_(c10::utils::check_env("PYTORCH_NO_CUDA_MEMORY_CACHING") != true) {}
+      enabled_(c10::utils::check_env("PYTORCH_NO_CUDA_MEMORY_CACHING") != true),
+      pools_(directory, history_) {}
 
 void CudaAllocator::init(int device_count) {
   device_count_ = std::max(device_count_.load(), device_count);
@@ -103,6 +105,31 @@ c10::DataPtr CudaAllocator::allocate(size_t bytes) {
                              : uncached_allocate(bytes);
   return {block, block, deleter, device};
 }
+
+#if TEM_TORCH_HAS_ALLOCATE_AT
+c10::DataPtr CudaAllocator::allocateWithAddress(size_t bytes, void* address) {
+  const DeviceIndex index = c10::cuda::current_device();
+  const c10::Device device(c10::DeviceType::CUDA, index);
+  if (bytes == 0) return {nullptr, nullptr, &release, device};
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(index).stream();
+  const History::Scope scope(history_, RecordContext::STATE);
+  const Pools::Source source = pools_.claiming(index, stream);
+  TORCH_CHECK(enabled_ && !source.provider,
+              "torch_elastic_mem: an address can be asked for only of an account: not while the caching "
+              "allocator is off, nor in a MemPool with an allocator of its own");
+  Malloc& malloc = source.malloc != nullptr ? *source.malloc : serving(index);
+  if (history_.watching()) history_.watch(index, malloc);
+  const bool had =
+      translated([&] { return malloc.allocate_at(address, bytes, reinterpret_cast<Stream>(stream)); });
+  TORCH_CHECK(had, "Could not allocate CUDA storage at exact address ", address, ": its ", bytes,
+              " bytes are not all free for this stream");
+  if (c10::memoryProfilingEnabled()) {
+    report(&malloc, address, static_cast<int64_t>(malloc.block_at(address).bytes), device);
+  }
+  trace_allocation(address);
+  return {address, address, &release, device};
+}
+#endif
 
 c10::DeleterFnPtr CudaAllocator::raw_deleter() const { return enabled_ ? &release : &uncached_release; }
 
@@ -151,11 +178,14 @@ void* CudaAllocator::obtain_from(Malloc& malloc, size_t bytes, DeviceIndex devic
     });
   };
   if (!attempt() && !(run_free_memory_callbacks() && attempt()) && !(wait() && attempt())) {
+#if TEM_TORCH_HAS_OOM_REJECTION
+    reject_over_fraction(malloc, bytes, device);
+#endif
     refuse(&malloc, why, bytes, device, stream);
   }
   if (c10::memoryProfilingEnabled()) {
     const size_t taken = malloc.block_at(block).bytes;
-    report(malloc, block, static_cast<int64_t>(taken), {c10::DeviceType::CUDA, device});
+    report(&malloc, block, static_cast<int64_t>(taken), {c10::DeviceType::CUDA, device});
   }
   return block;
 }
@@ -166,15 +196,42 @@ void* CudaAllocator::obtain_from(ProviderPool& pool, size_t bytes, DeviceIndex d
     block = pool.allocate(bytes, reinterpret_cast<Stream>(stream));
   }
   if (block == nullptr) {
+    if (pool.counted_in() != nullptr) pool.counted_in()->count_retry();
     pool.empty_cache();
     block = pool.allocate(bytes, reinterpret_cast<Stream>(stream));
   }
   if (block == nullptr) {
     const auto why = "the allocator of the pool has no " + std::to_string(bytes) + " bytes";
-    refuse(nullptr, why, bytes, device, stream);
+    refuse(pool.counted_in(), why, bytes, device, stream);
+  }
+  if (c10::memoryProfilingEnabled()) {
+    const auto taken = static_cast<int64_t>(pool.block_at(block).second);
+    report(pool.counted_in(), block, taken, {c10::DeviceType::CUDA, device});
   }
   return block;
 }
+
+#if TEM_TORCH_HAS_OOM_REJECTION
+/// With throw_on_cudamalloc_oom, what the memory fraction refuses is a rejection, and no out-of-memory.
+void CudaAllocator::reject_over_fraction(Malloc& malloc, size_t bytes, DeviceIndex device) {
+  if (!caching::CUDAAllocatorConfig::throw_on_cudamalloc_oom()) return;
+  const size_t limit = malloc.limit();
+  const auto reserved = static_cast<size_t>(malloc.stats().reserved_bytes.all.current);
+  const size_t total = getMemoryInfo(device).second;
+  if (limit >= total || (reserved <= limit && bytes <= limit - reserved)) return;
+  malloc.count_rejection();
+  std::vector<caching::OomRejectionObserver> observers;
+  {
+    const std::lock_guard guard(observers_mutex_);
+    observers = rejection_observers_;
+  }
+  // With no lock held: they may be Python.
+  for (const auto& observer : observers) observer(device, bytes, reserved, total);
+  TORCH_CHECK_WITH(OutOfMemoryError, false, "CUDA out of memory. Rejected a request of ", bytes,
+                   " bytes: ", reserved, " are reserved of the ", limit,
+                   " that the memory fraction allows, and throw_on_cudamalloc_oom is set");
+}
+#endif
 
 void CudaAllocator::refuse(Malloc* malloc, const std::string& why, size_t bytes, DeviceIndex device,
                            cudaStream_t stream) {
@@ -208,21 +265,22 @@ void CudaAllocator::raw_delete(void* block) {
 
 void CudaAllocator::give_back(void* block) {
   if (block == nullptr) return;
-  Malloc* const owner = directory_.owner(block);
-  const auto provider = owner == nullptr ? pools_.provider_of(block) : nullptr;
+  // Before the directory: a provider's memory may be an account's, which would take the block back from it.
+  const auto provider = pools_.provider_of(block);
+  Malloc* const owner = provider ? nullptr : directory_.owner(block);
   TORCH_CHECK(owner != nullptr || provider, "invalid device pointer: ", block);
   trace_deallocation(block);
   const History::Scope scope(history_, RecordContext::ALL);
-  if (provider) {
+  const auto free = [&] {
+    if (!provider) return owner->free(block);
     TORCH_CHECK(provider->free(block), "invalid device pointer: ", block);
-  } else if (C10_UNLIKELY(c10::memoryProfilingEnabled())) {
-    const auto bytes = static_cast<int64_t>(owner->block_at(block).bytes);
-    const c10::Device device = device_of(block);
-    owner->free(block);
-    report(*owner, block, -bytes, device);
-  } else {
-    owner->free(block);
-  }
+  };
+  if (C10_LIKELY(!c10::memoryProfilingEnabled())) return free();
+  const size_t bytes = provider ? provider->block_at(block).second : owner->block_at(block).bytes;
+  const c10::Device device =
+      provider ? c10::Device(c10::DeviceType::CUDA, provider->device()) : device_of(block);
+  free();
+  report(provider ? provider->counted_in() : owner, block, -static_cast<int64_t>(bytes), device);
 }
 
 void CudaAllocator::release(void* block) noexcept {
@@ -242,10 +300,10 @@ void CudaAllocator::recordStream(const c10::DataPtr& data, c10::cuda::CUDAStream
   // Memory of another process has another deleter, and its owner keeps it until all have done with it.
   if (block == nullptr || data.get_deleter() != &release) return;
   const auto handle = reinterpret_cast<Stream>(stream.stream());
-  if (Malloc* const owner = directory_.owner(block)) {
-    translated([&] { owner->record_stream(block, handle); });
-  } else if (const auto provider = pools_.provider_of(block)) {
+  if (const auto provider = pools_.provider_of(block)) {
     provider->record_stream(block, handle);
+  } else if (Malloc* const owner = directory_.owner(block)) {
+    translated([&] { owner->record_stream(block, handle); });
   }
 }
 
@@ -297,5 +355,12 @@ void CudaAllocator::attachOutOfMemoryObserver(caching::OutOfMemoryObserver obser
   const std::lock_guard guard(observers_mutex_);
   observers_.push_back(std::move(observer));
 }
+
+#if TEM_TORCH_HAS_OOM_REJECTION
+void CudaAllocator::attachOomRejectionObserver(caching::OomRejectionObserver observer) {
+  const std::lock_guard guard(observers_mutex_);
+  rejection_observers_.push_back(std::move(observer));
+}
+#endif
 
 }  // namespace tem::torch_cuda

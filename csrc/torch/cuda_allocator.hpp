@@ -48,6 +48,9 @@ class CudaAllocator final : public caching::CUDAAllocator {
 
   c10::DataPtr allocate(size_t bytes) override;
   c10::DeleterFnPtr raw_deleter() const override;
+#if TEM_TORCH_HAS_ALLOCATE_AT
+  c10::DataPtr allocateWithAddress(size_t bytes, void* address) override;
+#endif
   void* raw_alloc(size_t bytes) override;
   void* raw_alloc_with_stream(size_t bytes, cudaStream_t stream) override;
   void raw_delete(void* block) override;
@@ -104,9 +107,7 @@ class CudaAllocator final : public caching::CUDAAllocator {
   void attachOutOfMemoryObserver(caching::OutOfMemoryObserver observer) override;
 #if TEM_TORCH_HAS_OOM_REJECTION
   std::shared_ptr<c10::GatheredContext> getContextForPointer(const void* block) override;
-  // torch's own allocator refuses some requests before it asks the driver. Here the ledger always does, and
-  // that is an out-of-memory like any other.
-  void attachOomRejectionObserver(caching::OomRejectionObserver) override {}
+  void attachOomRejectionObserver(caching::OomRejectionObserver observer) override;
 #endif
 #if TEM_TORCH_HAS_ANNOTATE
   bool supportsUserMetadata() override { return true; }
@@ -119,6 +120,9 @@ class CudaAllocator final : public caching::CUDAAllocator {
   void* obtain(size_t bytes, DeviceIndex device, cudaStream_t stream);
   void* obtain_from(Malloc& malloc, size_t bytes, DeviceIndex device, cudaStream_t stream);
   void* obtain_from(ProviderPool& pool, size_t bytes, DeviceIndex device, cudaStream_t stream);
+#if TEM_TORCH_HAS_OOM_REJECTION
+  void reject_over_fraction(Malloc& malloc, size_t bytes, DeviceIndex device);
+#endif
   [[noreturn]] void refuse(Malloc* malloc, const std::string& why, size_t bytes, DeviceIndex device,
                            cudaStream_t stream);
   void give_back(void* block);
@@ -136,10 +140,13 @@ class CudaAllocator final : public caching::CUDAAllocator {
   std::atomic<int> device_count_{0};
   std::atomic<bool> enabled_;
   History history_;
-  Pools pools_{history_};
+  Pools pools_;
 
   std::mutex observers_mutex_;
   std::vector<caching::OutOfMemoryObserver> observers_;
+#if TEM_TORCH_HAS_OOM_REJECTION
+  std::vector<caching::OomRejectionObserver> rejection_observers_;
+#endif
 };
 
 }  // namespace tem::torch_cuda

@@ -18,7 +18,7 @@ const Pools::Source& Pools::add_use(const Key& key, std::shared_ptr<caching::CUD
   Pool pool = found == pools_.end() ? Pool{} : found->second;
   if (pool.uses == 0 && provider) {
     pool.source.provider =
-        std::make_shared<ProviderPool>(key.first, key.second, std::move(provider), history_);
+        std::make_shared<ProviderPool>(key.first, key.second, std::move(provider), directory_, history_);
     providers_.push_back(pool.source.provider);
     any_providers_ = true;
   } else if (pool.uses == 0) {
@@ -43,7 +43,9 @@ void Pools::begin(c10::DeviceIndex device, PoolId id, Filter filter,
       std::none_of(routes_.begin(), routes_.end(), [&](const Route& each) { return each.key == key; }),
       "beginAllocateToPool: already recording to mempool_id");
   const Source& source = add_use(key, nullptr, serving, [&](Malloc& malloc) {
-    malloc.begin_pool(id, [filter](Stream stream) { return filter(reinterpret_cast<cudaStream_t>(stream)); });
+    malloc.begin_pool(id, [filter](Stream stream) {
+      return !ProviderPool::asking() && filter(reinterpret_cast<cudaStream_t>(stream));
+    });
   });
   routes_.push_back({key, std::move(filter), source});
   any_routes_ = true;
@@ -76,6 +78,7 @@ void Pools::release(c10::DeviceIndex device, PoolId id) {
   ended.provider->close();
   const std::lock_guard guard(mutex_);
   std::erase_if(providers_, [](const auto& each) { return each->closed_and_empty(); });
+  any_providers_ = !providers_.empty();
 }
 
 Pools::Source Pools::source(c10::DeviceIndex device, PoolId id) {
@@ -89,7 +92,7 @@ int Pools::uses(c10::DeviceIndex device, PoolId id) {
 }
 
 Pools::Source Pools::claiming(c10::DeviceIndex device, cudaStream_t stream) {
-  if (!any_routes_.load(std::memory_order_acquire)) return {};
+  if (!any_routes_.load(std::memory_order_acquire) || ProviderPool::asking()) return {};
   const std::lock_guard guard(mutex_);
   // The innermost of nested ones, as in a malloc.
   const auto found = std::find_if(routes_.rbegin(), routes_.rend(), [&](const Route& route) {
@@ -105,10 +108,11 @@ std::vector<std::shared_ptr<ProviderPool>> Pools::providers() {
 }
 
 std::shared_ptr<ProviderPool> Pools::provider_of(const void* block) {
-  for (auto& each : providers()) {
-    if (each->block_at(block).first != nullptr) return each;
-  }
-  return nullptr;
+  if (!any_providers_.load(std::memory_order_acquire)) return nullptr;
+  const std::lock_guard guard(mutex_);
+  const auto found = std::find_if(providers_.begin(), providers_.end(),
+                                  [&](const auto& each) { return each->block_at(block).first != nullptr; });
+  return found == providers_.end() ? nullptr : *found;
 }
 
 }  // namespace tem::torch_cuda

@@ -27,7 +27,7 @@ class Pools {
   };
   using Filter = std::function<bool(cudaStream_t)>;
 
-  explicit Pools(History& history) : history_(history) {}
+  Pools(MallocDirectory& directory, History& history) : directory_(directory), history_(history) {}
 
   /// Each adds a use. `serving` is called for a pool that is new and has no provider.
   void create(c10::DeviceIndex device, PoolId id, std::shared_ptr<caching::CUDAAllocator> provider,
@@ -64,6 +64,7 @@ class Pools {
   const Source& add_use(const Key& key, std::shared_ptr<caching::CUDAAllocator> provider,
                         const std::function<Malloc&()>& serving, const std::function<void(Malloc&)>& enter);
 
+  MallocDirectory& directory_;
   History& history_;
   // Allocations and frees look here first, and mostly find that there is nothing to look for.
   std::atomic<bool> any_routes_{false};

@@ -4,19 +4,26 @@
 #include <c10/cuda/CUDAGuard.h>
 
 #include <algorithm>
+#include <new>
 
 namespace tem::torch_cuda {
 namespace {
 
 constexpr size_t kAlignment = 512;
+constexpr size_t kLargestSmall = 1 << 20;
+
+thread_local bool within_provider = false;
 
 }  // namespace
+
+bool ProviderPool::asking() noexcept { return within_provider; }
 
 void* ProviderPool::allocate(size_t bytes, Stream stream) {
   const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
   const auto take = [&](void* address, Block& block) {
     block.live = true;
     block.requested = bytes;
+    count_block(block, true);
     history_.record(Action::ALLOC, device_, reinterpret_cast<size_t>(address), bytes, stream, id_);
     return address;
   };
@@ -29,14 +36,37 @@ void* ProviderPool::allocate(size_t bytes, Stream stream) {
     if (found != blocks_.end()) return take(found->first, found->second);
   }
   // With no lock held: a provider may be Python.
-  void* const made = provider_->raw_alloc_with_stream(rounded, reinterpret_cast<cudaStream_t>(stream));
+  void* const made = ask(rounded, stream);
   if (made == nullptr) return nullptr;
   history_.record(Action::SEGMENT_ALLOC, device_, reinterpret_cast<size_t>(made), rounded, stream, id_);
   const std::lock_guard guard(mutex_);
   Block& block = blocks_[made];
   block.bytes = rounded;
   block.stream = stream;
+  block.counted = counted_in_ != nullptr && directory_.owner(made) == nullptr;
+  count_segment(block, true);
   return take(made, block);
+}
+
+void* ProviderPool::ask(size_t bytes, Stream stream) {
+  struct Within {
+    Within() { within_provider = true; }
+    ~Within() { within_provider = false; }
+  } within;
+  try {
+    return provider_->raw_alloc_with_stream(bytes, reinterpret_cast<cudaStream_t>(stream));
+  } catch (const std::bad_alloc&) {
+    // So says tem_cuda_alloc that there is nothing to be had.
+    return nullptr;
+  }
+}
+
+void ProviderPool::count_block(const Block& block, bool taken) {
+  if (block.counted) counted_in_->count_provided_block(block.bytes, block.requested, taken);
+}
+
+void ProviderPool::count_segment(const Block& block, bool came) {
+  if (block.counted) counted_in_->count_provided_segment(id_, block.bytes, came);
 }
 
 bool ProviderPool::free(void* address) {
@@ -46,6 +76,7 @@ bool ProviderPool::free(void* address) {
     if (found == blocks_.end() || !found->second.live) return false;
     Block& block = found->second;
     block.live = false;
+    count_block(block, false);
     const auto at = reinterpret_cast<size_t>(address);
     history_.record(Action::FREE_REQUESTED, device_, at, block.requested, block.stream, id_);
     history_.record(Action::FREE_COMPLETED, device_, at, block.requested, block.stream, id_);
@@ -87,6 +118,7 @@ void ProviderPool::empty_cache() {
   }
   for (const auto& [address, block] : leaving) {
     provider_->raw_delete(address);
+    count_segment(block, false);
     history_.record(Action::SEGMENT_FREE, device_, reinterpret_cast<size_t>(address), block.bytes,
                     block.stream, id_);
   }
@@ -132,7 +164,7 @@ std::vector<caching::SegmentInfo> ProviderPool::segments() {
     segment.requested_size = block.live ? block.requested : 0;
     segment.allocated_size = segment.active_size = block.live ? block.bytes : 0;
     segment.stream = reinterpret_cast<void*>(block.stream);
-    segment.is_large = true;
+    segment.is_large = block.bytes > kLargestSmall;
     segment.owner_private_pool_id = {id_.first, id_.second};
     caching::BlockInfo& info = segment.blocks.emplace_back();
     info.size = block.bytes;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <limits>
 #include <map>
+#include <numeric>
 
 #include "torch/cuda_allocator.hpp"
 
@@ -96,6 +97,14 @@ DeviceStats CudaAllocator::getDeviceStats(DeviceIndex device) {
   to.num_sync_all_streams = from.waits;
   to.num_device_alloc = from.maps;
   to.num_device_free = from.unmaps;
+#if TEM_TORCH_HAS_OOM_REJECTION
+  to.num_oom_rejections = from.rejections;
+#endif
+#if TEM_TORCH_HAS_POOL_FIGURES
+  for (const auto& [pool, reserved] : from.reserved_bytes_by_pool) {
+    to.reserved_bytes_by_private_pools[{pool.first, pool.second}] = stats(reserved);
+  }
+#endif
   to.max_split_size = static_cast<int64_t>(AcceleratorAllocatorConfig::max_split_size());
   return to;
 }
@@ -133,11 +142,11 @@ void CudaAllocator::cacheInfo(DeviceIndex device, size_t* largest) {
 
 void* CudaAllocator::getBaseAllocation(void* block, size_t* bytes) {
   std::pair<void*, size_t> base{nullptr, 0};
-  if (Malloc* const owner = directory_.owner(block)) {
+  if (const auto provider = pools_.provider_of(block)) {
+    base = provider->block_at(block);
+  } else if (Malloc* const owner = directory_.owner(block)) {
     const BlockView view = translated([&] { return owner->block_at(block); });
     if (view.allocated) base = {reinterpret_cast<void*>(view.address), view.bytes};
-  } else if (const auto provider = pools_.provider_of(block)) {
-    base = provider->block_at(block);
   }
   TORCH_CHECK(base.first != nullptr, "invalid device pointer: ", block);
   if (bytes != nullptr) *bytes = base.second;
@@ -182,20 +191,25 @@ caching::SnapshotInfo CudaAllocator::snapshot(MempoolId_t pool, bool include_tra
     const auto device = static_cast<DeviceIndex>(index);
     if (include_traces) result.device_traces.push_back(history_.trace(device));
     const size_t before = result.segments.size();
-    size_t active = 0;
     if (Malloc* const malloc = directory_.serving(index)) {
       for (const auto& segment : translated([&] { return malloc->segments(wanted); })) {
         result.segments.push_back(segment_info(segment, device, history_));
-        active += result.segments.back().active_size;
       }
     }
     for (const auto& provider : pools_.providers()) {
       if (provider->device() != device || !(wanted.shared() || provider->id() == wanted)) continue;
-      auto more = provider->segments();
-      std::move(more.begin(), more.end(), std::back_inserter(result.segments));
+      for (auto& segment : provider->segments()) {
+        // What a provider has of an account is in the account's segments.
+        const bool shown = directory_.owner(reinterpret_cast<void*>(segment.address)) != nullptr;
+        if (!wanted.shared() || !shown) result.segments.push_back(std::move(segment));
+      }
     }
-    std::sort(result.segments.begin() + static_cast<std::ptrdiff_t>(before), result.segments.end(),
+    const auto first = result.segments.begin() + static_cast<std::ptrdiff_t>(before);
+    std::sort(first, result.segments.end(),
               [](const auto& left, const auto& right) { return left.address < right.address; });
+    const size_t active =
+        std::accumulate(first, result.segments.end(), size_t{0},
+                        [](size_t sum, const auto& segment) { return sum + segment.active_size; });
     history_.record(Action::SNAPSHOT, device, 0, active, 0);
   }
   result.config_metadata = config();

@@ -5,11 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.broker.controlled import Control
+from tests.broker.service import Service
 
 
 @pytest.fixture
-def control(tmp_path: Path) -> Iterator[Control]:
-    made = Control(tmp_path)
-    yield made
-    made.close()
+def stopped(tmp_path: Path) -> Iterator[Service]:
+    """A broker that the test starts."""
+    service = Service(tmp_path)
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def service(stopped: Service) -> Service:
+    """A broker that serves."""
+    return stopped.start()

@@ -23,6 +23,7 @@ class CannedBroker:
         self.happened: list[Event] = []
         self.calls: list[tuple[Any, ...]] = []
         self.comes = 0
+        self.words = "asked min 100 GiB, free 78 GiB"
 
     def state(self) -> MachineState:
         return self.now
@@ -33,7 +34,7 @@ class CannedBroker:
     def set_limits(self, device: str | None, name: str, **limits: Any) -> int:
         found = self._known(name)
         if (limits.get("min") or 0) > 78 << 30:
-            raise AdmissionError("asked min 100 GiB, free 78 GiB")
+            raise AdmissionError(self.words)
         self.calls.append(("limits", device, name, limits))
         return found
 
@@ -48,7 +49,9 @@ class CannedBroker:
         return min(count, self.comes)
 
     def _known(self, name: str) -> int:
-        found = sum(each.name == name for device in self.now.devices for each in device.accounts)
+        found = sum(
+            name in (each.name, each.priority) for device in self.now.devices for each in device.accounts
+        )
         if not found:
             raise InvalidArgument(f"no account {name!r}")
         return found

@@ -120,7 +120,9 @@ class Tenant:
         self.leases[account] -= bytes
         self.send(Gave(account, LAST if last else 0, bytes, coming), number)
 
-    def open(self, name: str = "a", value: int = 0, lease: int = 0, rungs: int = 0b11111, **limits: int) -> int:
+    def open(
+        self, name: str = "a", value: int = 0, lease: int = 0, rungs: int = 0b11111, **limits: int
+    ) -> int:
         opened = self.ask(Open(name, f"class {value}", Limits(value, **limits), lease), Opened)  # type: ignore[arg-type]
         self.leases[opened.account] = lease
         self.send(Report(opened.account, rungs, lease, 0))
@@ -130,7 +132,14 @@ class Tenant:
         return self.ask(message, Refused)
 
     def demand(
-        self, account: int, bytes: int, want: int = 0, *, rung: int = 4, timeout: float = 10.0, **group: object
+        self,
+        account: int,
+        bytes: int,
+        want: int = 0,
+        *,
+        rung: int = 4,
+        timeout: float = 10.0,
+        **group: object,
     ) -> int:
         """Sends a demand and does not wait."""
         limit = int(timeout * 1e6)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ from torch_elastic_mem.broker import control_server
 from torch_elastic_mem.broker.control import ControlClient
 
 GiB = 1 << 30
+
+
+@pytest.fixture
+def control(tmp_path: Path) -> Iterator[Control]:
+    made = Control(tmp_path)
+    yield made
+    made.close()
 
 
 class Raw:

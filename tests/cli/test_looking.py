@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.broker.controlled import Control
-from tests.broker.machine import device, granted, machine, yielded
+from tests.broker.machine import account, device, granted, machine, yielded
 from torch_elastic_mem.broker.state import MachineState
 from torch_elastic_mem.cli import main
 
@@ -85,6 +85,26 @@ def test_a_trace_of_nothing_is_empty_and_exits_with_1(control: Control) -> None:
     done = tem("trace")
     assert done.exit_code == 1
     assert json.loads(done.stdout)["traceEvents"] == []
+
+
+def test_a_file_that_cannot_be_written_is_an_error(control: Control, tmp_path: Path) -> None:
+    done = tem("trace", "-o", str(tmp_path / "no" / "trace.json"))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "No such file or directory" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["ls", "top --once", "limit x --min 1", "priority x idle"])
+def test_names_of_other_processes_do_nothing_to_the_terminal(control: Control, command: str) -> None:
+    control.broker.now = machine(device(account("\x1b[2J\x07", process="\x9b31m"), label="\x1b]0;x\x07"))
+    done = tem(*command.split())
+    assert all(letter.isprintable() or letter in "\n\xa0" for letter in done.output)
+
+
+def test_nor_do_those_within_an_error_of_the_broker_s(control: Control) -> None:
+    control.broker.now = machine(device(account("\x1b[2J", lease=0)))
+    control.broker.words = "\x1b[2J holds the rest"
+    done = tem("limit", "training", "--min", "100GiB")
+    assert (done.exit_code, done.stderr) == (2, "tem: ?[2J holds the rest\n")
 
 
 def test_what_reads_loads_no_torch_and_no_core(control: Control) -> None:

@@ -134,6 +134,8 @@ class Scripted:
                 client.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        if self._listening.fileno() < 0:
+            return
         self._stop.send(b"x")
         self._thread.join(10)
         for end in (self._listening, self._stop, self._stop_reader, *self._clients):

@@ -99,7 +99,7 @@ class Accounts:
 
         The lowest is the lowest of those that hold memory, and what `min` guarantees is everybody's.
         """
-        if holder.lease + bytes <= holder.limits.min:
+        if not self.above_low or holder.lease + bytes <= holder.limits.min:
             return 0
         value = holder.limits.value
         above = any(other.lease and other.limits.value < value for other in self.holders.values())
@@ -118,7 +118,8 @@ class Accounts:
         """
         if lease > holder.lease:
             raise InvalidArgument(
-                f"account '{holder.name}' comes back with a lease of {lease} bytes; it was granted {holder.lease}"
+                f"account '{holder.name}' comes back with a lease of {lease} bytes; it was granted "
+                f"{holder.lease}"
             )
         self.discharge(holder, holder.lease - lease)
         holder.session, holder.connected = session, True

@@ -77,9 +77,11 @@ class Asks:
         self._post.append((holder.session, self._last, message))
         self._journal.asks += 1
 
-    def expected(self, now: float) -> int:
-        """Bytes that all of them will still bring."""
-        return sum(asked.expected(now) for asked in self._asked.values()) if self._asked else 0
+    def expected(self, now: float, need: Need | None = None) -> int:
+        """Bytes that all of them will still bring, or those of one need."""
+        if not self._asked:
+            return 0
+        return sum(asked.expected(now) for asked in self._asked.values() if need in (None, asked.need))
 
     def by_account(self, now: float) -> dict[int, int]:
         """The same by account."""
@@ -114,8 +116,7 @@ class Asks:
         self._journal.add(
             "yield",
             self._device,
-            holder.session.process.pid,
-            holder.name,
+            holder,
             asked.sent,
             now,
             bytes=asked.given,

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -40,6 +41,7 @@ from torch_elastic_mem.broker.rules import kind_of
 from torch_elastic_mem.broker.session import Letter, Process, Session
 from torch_elastic_mem.broker.state import Event, MachineState
 from torch_elastic_mem.errors import InvalidArgument, TemError
+from torch_elastic_mem.priority import HIGHEST_VALUE, LOWEST_VALUE
 from torch_elastic_mem.priority import priority as priority_class
 from torch_elastic_mem.units import parse_bytes
 from torch_elastic_mem.version import VERSION
@@ -55,9 +57,9 @@ class Broker:
     Args:
         config: what the operator wants.
         view: what the devices show.
-        grace: seconds from now in which nothing is granted on devices that cannot be seen, for the tenants of a
-            broker that has died to come back.
-        started: the clock tick of this machine's boot that the broker's process started at; processes from before may
+        grace: seconds from now in which nothing is granted on devices that cannot be seen, for the tenants of
+            a broker that has died to come back.
+        started: the clock tick since boot at which the broker's process started; processes from before may
             hold what another broker granted.
         clock: seconds, monotonic.
 
@@ -118,8 +120,8 @@ class Broker:
         Args:
             device: its UUID or label; None for all.
             name: of the accounts, or "name/pid" for that of one process, or the name of a class.
-            limits: of `min`, `low`, `high`, `max` (bytes or texts; None for no high or max) and `weight`. What is
-                not given stays.
+            limits: of `min`, `low`, `high`, `max` (bytes or texts; None for no high or max) and `weight`.
+                What is not given stays.
 
         Returns:
             How many accounts were changed.
@@ -154,6 +156,8 @@ class Broker:
         Raises:
             InvalidArgument: there is no such account or class.
         """
+        if isinstance(priority, int) and not LOWEST_VALUE <= priority <= HIGHEST_VALUE:
+            raise InvalidArgument(f"value {priority} is not between {LOWEST_VALUE} and {HIGHEST_VALUE}")
         if isinstance(priority, str):
             known = priority_class(priority)
             return self._add_rule(LimitsConfig(name, priority=known.name, value=known.value))
@@ -186,7 +190,8 @@ class Broker:
 
         def finished(now: float) -> bool:
             # Each is looked at: one that is done is forgotten by its books.
-            return all([books.settled(need, now) for books, need in needs])
+            settled = [books.settled(need, now) for books, need in needs]
+            return all(settled)
 
         if not finished(now):
             answered = asyncio.get_running_loop().create_future()
@@ -377,15 +382,25 @@ class Broker:
     def _add_rule(self, rule: LimitsConfig) -> int:
         now = self.clock()
         found = self._called(rule.device, rule.name)
-        self._set.append(rule)
-        self._rules.append(rule)
+        before = self._set
+        same = [each for each in before if (each.name, each.device) == (rule.name, rule.device)]
+        for each in same:
+            rule = msgspec.structs.replace(each, **_given(rule))
+        self._set = [*(each for each in before if each not in same), rule]
+        self._rules[:] = [*self._config.limits, *self._set]
         try:
             changed = sum(books.enforce(now) for books, _ in found)
         except TemError:
-            self._set.remove(rule)
-            self._rules.remove(rule)
+            self._set = before
+            self._rules[:] = [*self._config.limits, *before]
             for books, _ in found:
                 books.enforce(now)
             raise
         self._turn(now)
         return changed
+
+
+def _given(rule: LimitsConfig) -> dict[str, Any]:
+    """What a rule says."""
+    fields = msgspec.structs.asdict(rule)
+    return {field: value for field, value in fields.items() if value is not None}

@@ -51,8 +51,8 @@ class Grant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the processes of a user may ask for.
 
     Attributes:
-        uid: the user. max_value: the highest value of a class. max_min: bytes that an account may be promised.
-        connections: at one time.
+        uid: the user. max_value: the highest value of a class. max_min: bytes that may be promised to
+            an account. connections: at one time.
     """
 
     uid: int
@@ -84,7 +84,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A broker's configuration. Every field has a default.
 
     Attributes:
-        device: by UUID, label or "HOST". grant: by user. limits: of accounts; of two that say the same of an account
+        device: by UUID, label or "HOST". grant: by user. limits: of accounts; where two say the same of one,
             the later counts.
         group: a group, by name, that may connect too. log: a file for the log, in lines of JSON; None for the
             standard error. metrics: a port of the machine's own address for metrics; None for none.
@@ -102,7 +102,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return next((self.device[name] for name in names if name in self.device), DeviceConfig())
 
     def grant_of(self, uid: int) -> Grant:
-        """What a user may ask for. Root and the broker's own user may ask for anything, unless the file says less."""
+        """What a user may ask for. Root and the broker's own may all, unless the file says less."""
         for grant in self.grant:
             if grant.uid == uid:
                 return grant
@@ -199,7 +199,8 @@ def _check_device(name: str, device: DeviceConfig) -> None:
         )
     if capacity is not None and high >= capacity:
         raise InvalidArgument(
-            f'device."{name}": reserve {format_bytes(high)} leaves nothing of capacity {format_bytes(capacity)}'
+            f'device."{name}": reserve {format_bytes(high)} leaves nothing of capacity '
+            f"{format_bytes(capacity)}; lower it"
         )
 
 

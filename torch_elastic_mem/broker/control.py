@@ -159,7 +159,7 @@ class ControlClient:
 
         Raises:
             InvalidArgument: there is no such account or device, or the limits can never be right.
-            AdmissionError: a `min` that does not fit; accounts before the one that is named were changed.
+            AdmissionError: a `min` that does not fit; no limit was changed.
             BrokerError: this user may not, or as for `state`.
         """
         fields = {"op": "limits", "name": name, "device": device, **limits}

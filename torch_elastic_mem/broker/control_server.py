@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Each connection costs the broker a descriptor, of which tenants need the most.
 MOST_CONNECTIONS = 64
-# A reader that takes none of an answer for this long is let go.
+# Seconds over an answer, after which a reader is let go.
 _SLOWEST_READER = 10.0
 
 _CHANGES = (words.LimitsRequest, words.PriorityRequest, words.ReclaimRequest)
@@ -150,7 +150,8 @@ class ControlServer:
                 tasks.discard(task)
                 await _end(writer)
 
-        server = await asyncio.start_unix_server(connected, sock=listener, limit=words.LARGEST_REQUEST)
+        # The one for Unix sockets would, from Python 3.13 on, remove a file that may be systemd's.
+        server = await asyncio.start_server(connected, sock=listener, limit=words.LARGEST_REQUEST)
         return cls(broker, server, tasks)
 
     async def close(self) -> None:

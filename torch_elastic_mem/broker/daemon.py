@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch_elastic_mem.broker import log, systemd
 from torch_elastic_mem.broker.broker import Broker
@@ -86,7 +87,8 @@ async def run(
         paths = prepare(directory, _group_id(config.group))
         lock = stack.enter_context(_locked(paths.lock))
         sockets = systemd.inherited(environment)
-        listener = sockets.pop("tenants", None) or listen(paths.tenants, config)
+        given = sockets.pop("tenants", None)
+        listener = given or listen(paths.tenants, config)
         view = view or nvml_view()
         grace = GRACE if lock.found_dirty else 0.0
         loop = asyncio.get_running_loop()
@@ -94,6 +96,7 @@ async def run(
         server = Server(broker, listener)
         running = Running(broker, server, paths, config, sockets)
         lock.write(_DIRTY)
+        loop.set_exception_handler(_note_failure)
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
@@ -113,7 +116,9 @@ async def run(
             systemd.notify(environment, "STOPPING=1")
         tenants = server.connections
         server.close()
-        paths.tenants.unlink(missing_ok=True)
+        # What systemd has opened it gives to the next broker.
+        if given is None:
+            paths.tenants.unlink(missing_ok=True)
         if not tenants:
             lock.write(_CLEAN)
 
@@ -163,7 +168,8 @@ def _locked(path: Path) -> Iterator[_Lock]:
         except BlockingIOError:
             pid = os.pread(descriptor, 256, 0).decode(errors="replace").split(" ")[0] or "unknown"
             raise InUseError(
-                f"another broker serves in {path.parent}: process {pid}; stop it, or give this one another directory"
+                f"another broker serves in {path.parent}: process {pid}; stop it, or give this one "
+                f"another directory"
             ) from None
         yield _Lock(descriptor)
     finally:
@@ -209,6 +215,11 @@ async def _watchdog(environment: Mapping[str, str]) -> AsyncIterator[None]:
         systemd.notify(environment, "WATCHDOG=1")
         await asyncio.sleep(seconds)
         yield
+
+
+def _note_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Something in the broker's own loop went wrong. It is said, and the others are served."""
+    logger.error("%s", context["message"], exc_info=context.get("exception"))
 
 
 def _reload(running: Running, read_config: Callable[[], Config], handler: log.CountingHandler) -> None:

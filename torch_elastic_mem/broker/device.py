@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from torch_elastic_mem.broker.device_view import Reading
 from torch_elastic_mem.broker.holder import Holder
 
-# A grant is charged before its memory exists, so one look may see too little outside. It rises at once and falls
-# when so many looks have seen less.
+# A grant is charged before its memory exists, so one look may see too little outside. The figure rises at
+# once and falls when so many looks have seen less.
 LOOKS = 20
 
 
@@ -49,7 +49,10 @@ class Device:
         return min(self.limit, self.total - self.outside)
 
     def look(self, reading: Reading, holders: Iterable[Holder]) -> None:
-        """Takes in what the device shows. With bytes by process, what a tenant has beside its lease is outside too."""
+        """Takes in what the device shows.
+
+        With bytes by process, what a tenant has beside its lease is outside too.
+        """
         self.used, self.processes = reading.used, reading.processes
         leases: dict[int, int] = {}
         for holder in holders:

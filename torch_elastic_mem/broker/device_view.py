@@ -59,7 +59,7 @@ class NvmlView:
             return Reading(memory.total, memory.used)
         # In a container the driver may know a process by no number of ours, or not say how much it has.
         known = {each.pid: each.usedGpuMemory for each in running}
-        whole = known and all(bytes is not None for bytes in known.values())
+        whole = all(bytes is not None for bytes in known.values())
         return Reading(memory.total, memory.used, known if whole else None)
 
 
@@ -67,11 +67,10 @@ def nvml_view() -> DeviceView:
     """NVIDIA's, where nvidia-ml-py and a driver are; otherwise none."""
     try:
         nvml = importlib.import_module("pynvml")
-        nvml.nvmlInit()
     except ImportError:
         return NoView()
-    except Exception as error:
-        if type(error).__mro__[-3].__name__ != "NVMLError":
-            raise
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
         return NoView()
     return NvmlView(nvml)

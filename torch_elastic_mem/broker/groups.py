@@ -51,7 +51,10 @@ class Groups:
             )
         group = self._groups.setdefault(key, _Group(size))
         if group.size != size:
-            return f"group '{queued.demand.group}' has {group.size} members to one of them, and {size} to this one"
+            return (
+                f"group '{queued.demand.group}' has {group.size} members to one of them, and {size} to this "
+                f"one; say the same"
+            )
         group.members[queued] = keeper
         return None
 

@@ -23,7 +23,8 @@ class Holder:
         id: its number in the ledger and on the wire.
         wanted: what its process asked for; `limits` are in force, with what the operator has set.
         ledger_name: what the ledger's messages call it.
-        lease: granted. held, idle: as last reported. rungs: a bit for each that it has reclaimers for.
+        lease: granted. prepared: the part of it that its process has not been told of.
+        held, idle: as last reported. rungs: a bit for each that it has reclaimers for.
         connected: its process can be spoken to. died: when the process was seen to be gone.
         cool: when it may make its own class yield again.
     """
@@ -37,6 +38,7 @@ class Holder:
     limits: Limits
     ledger_name: str = ""
     lease: int = 0
+    prepared: int = 0
     held: int = 0
     idle: int = 0
     rungs: int = 0
@@ -58,6 +60,11 @@ class Holder:
     def can_answer(self) -> bool:
         """It can be asked for memory: somebody listens, and owes no answer."""
         return self.connected and not self.session.process.debts
+
+    @property
+    def spare(self) -> int:
+        """What it could give: what its process knows of, above its `min`."""
+        return max(0, self.lease - self.prepared - self.limits.min)
 
     def offers(self, rung: int) -> bool:
         """It may have something to give at the rung. Idle extents anybody may have."""

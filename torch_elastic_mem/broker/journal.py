@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from itertools import islice
 
+from torch_elastic_mem.broker.holder import Holder
 from torch_elastic_mem.broker.state import Event
 
 KEPT = 65_536
@@ -24,8 +25,7 @@ class Journal:
         self,
         kind: str,
         device: str,
-        pid: int,
-        account: str,
+        holder: Holder,
         start: float,
         end: float,
         *,
@@ -34,7 +34,7 @@ class Journal:
         rung: str = "",
         demander: str = "",
     ) -> None:
-        """Notes an event that took from `start` to `end`, in seconds of the monotonic clock."""
+        """Notes what happened to an account from `start` to `end`, seconds of the monotonic clock."""
         self._last += 1
         self._events.append(
             Event(
@@ -43,8 +43,8 @@ class Journal:
                 duration_ns=max(0, int((end - start) * 1e9)),
                 kind=kind,
                 device=device,
-                pid=pid,
-                account=account,
+                pid=holder.session.process.pid,
+                account=holder.name,
                 bytes=bytes,
                 asked=asked,
                 rung=rung,

@@ -10,7 +10,7 @@ import msgspec
 
 
 class JsonLines(logging.Formatter):
-    """A record as one line of JSON: time in seconds since 1970, level, logger, message, and a traceback if any."""
+    """A record as a line of JSON: time in seconds since 1970, level, logger, message, a traceback if any."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""

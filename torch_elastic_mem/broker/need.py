@@ -10,7 +10,7 @@ from torch_elastic_mem.broker.protocol import EVICT, PAUSE, Demand
 
 # Everybody has been asked for everything: how long until it is worth asking again.
 FIRST_REST, LONGEST_REST = 0.1, 1.0
-# An answer is given half of the time that is left, so that others can be asked after it; a process that had less
+# An answer has half of the time that is left, so that others can be asked after it; a process that had less
 # than the least would be a debtor for being scheduled late.
 LEAST_ANSWER = 0.1
 # For what has no deadline of its own.
@@ -81,8 +81,8 @@ class Queued(Need):
     """A demand that waits.
 
     Attributes:
-        ticket: its place in the ledger's queue; 0 once its bytes are charged and the rest of its group is waited for.
-        open: it has not been answered.
+        ticket: its place in the ledger's queue; 0 once its bytes are charged and its group is waited for.
+        open: it is in the queue, or prepared.
         priority: the class that it waits in.
     """
 
@@ -90,7 +90,7 @@ class Queued(Need):
     request: int
     demand: Demand
     ticket: int = 0
-    open: bool = True
+    open: bool = False
     priority: str = ""
 
     @property

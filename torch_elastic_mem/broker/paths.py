@@ -65,8 +65,8 @@ def prepare(directory: Path, group: int | None = None) -> Paths:
         The paths in it.
 
     Raises:
-        InvalidArgument: it is no directory of this user's, others may write to it, or its name is too long for a
-            socket's.
+        InvalidArgument: it is no directory of this user's, others may write to it, or its name is too long
+            for a socket's.
         OSError: it cannot be made.
     """
     paths = Paths(directory)
@@ -96,10 +96,12 @@ def check(directory: Path, group: int | None = None) -> None:
         raise InvalidArgument(f"{directory} is no directory; remove it, or set {DIRECTORY} to another place")
     if found.st_uid != os.geteuid():
         raise InvalidArgument(
-            f"{directory} belongs to user {found.st_uid}, not {os.geteuid()}; set {DIRECTORY} to a directory of your own"
+            f"{directory} belongs to user {found.st_uid}, not {os.geteuid()}; set {DIRECTORY} to "
+            f"one of your own"
         )
     by_group = found.st_mode & stat.S_IWGRP and found.st_gid not in (group, found.st_uid, os.getegid())
     if found.st_mode & stat.S_IWOTH or by_group:
         raise InvalidArgument(
-            f"others may write to {directory} (mode {stat.S_IMODE(found.st_mode):04o}); run chmod 0700 {directory}"
+            f"others may write to {directory} (mode {stat.S_IMODE(found.st_mode):04o}); run chmod 0700 "
+            f"{directory}"
         )

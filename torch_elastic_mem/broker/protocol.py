@@ -35,7 +35,7 @@ class ProtocolError(TemError, ValueError):
 
 
 class Limits(NamedTuple):
-    """Of an account, in bytes; UNLIMITED for no `high` or `max`. `value` and `weight` as in a PriorityClass."""
+    """Of an account, in bytes; UNLIMITED for no `high` or `max`. See `PriorityClass`."""
 
     value: int
     min: int = 0
@@ -48,8 +48,8 @@ class Limits(NamedTuple):
 class Message(msgspec.Struct, frozen=True, gc=False):
     """One message, without its header. Subclasses have their fields in the order of the wire.
 
-    WIRE spells the body: `struct`'s letters, `64s` for a text of that size, `_` for a pad, `limits`, and `...` for a
-    text to the end of the message.
+    WIRE spells the body: letters, `64s` for a text of that size, `_` for a pad, `limits`, and `...`
+    for a text to the end of the message; the letters are those of `struct`.
     """
 
     TYPE: ClassVar[int]

@@ -11,7 +11,7 @@ from torch_elastic_mem.broker.pressure import Pressure
 
 
 class Queue:
-    """Demands with a ticket of the ledger, and those whose bytes are charged while their group is waited for."""
+    """Demands with a ticket of the ledger, and those that are charged while their group is waited for."""
 
     def __init__(self, accounts: Accounts, pressure: Pressure) -> None:
         self._accounts = accounts
@@ -40,7 +40,7 @@ class Queue:
         queued.ticket = self._accounts.ledger.enqueue(queued.holder.id, queued.bytes)
         self.waiting.append(queued)
         self.waiting.sort(key=lambda each: each.order)
-        queued.priority = queued.holder.priority
+        queued.open, queued.priority = True, queued.holder.priority
         self._pressure.begin(queued.priority, now)
 
     def requeue(self, holder: Holder) -> None:
@@ -57,6 +57,7 @@ class Queue:
             self._accounts.ledger.withdraw(queued.ticket)
             self.waiting.remove(queued)
         else:
+            queued.holder.prepared -= queued.bytes
             self._accounts.discharge(queued.holder, queued.bytes)
             self.prepared.remove(queued)
         self._ended(queued, now)
@@ -67,12 +68,14 @@ class Queue:
             return False
         queued.ticket = 0
         queued.holder.lease += queued.bytes
+        queued.holder.prepared += queued.bytes
         self.waiting.remove(queued)
         self.prepared.append(queued)
         return True
 
     def finish(self, queued: Queued, now: float) -> None:
         """A prepared demand is granted."""
+        queued.holder.prepared -= queued.bytes
         self.prepared.remove(queued)
         self._ended(queued, now)
 

@@ -62,8 +62,8 @@ def check_permitted(name: str, limits: Limits, grant: Grant) -> None:
     ):
         if allowed:
             raise NotPermitted(
-                f"account '{name}' asks for {what} {asked}; user {grant.uid} may ask for at most {allowed}; ask for "
-                f"less, or have the operator raise it in a [[grant]] of the broker's configuration"
+                f"account '{name}' asks for {what} {asked}; user {grant.uid} may ask for at most {allowed}; "
+                f"ask for less, or have the operator raise it in a [[grant]] of the broker's configuration"
             )
 
 
@@ -75,18 +75,23 @@ def in_force(
     wanted: Limits,
     rules: Iterable[LimitsConfig],
 ) -> tuple[str, Limits]:
-    """The class and limits of an account: what it wants, and over that what the operator's rules say, in order.
+    """The class and limits of an account: what it wants, and over it what the operator's rules say, in order.
 
     What the operator has not set gives way to what is set, so that the limits stay in order.
 
     Args:
-        name: of the account. title: "name/pid". devices: the names of its device.
-        priority: the class it wants. wanted: its own limits. rules: of the operator.
+        name: of the account.
+        title: "name/pid".
+        devices: the names of its device.
+        priority: the class that it wants.
+        wanted: the limits that it wants.
+        rules: of the operator.
     """
-    names = {name, title, priority}
     given: dict[str, int | float] = {}
     for rule in rules:
-        if rule.name not in names or (rule.device is not None and rule.device not in devices):
+        if rule.name not in (name, title, priority) or (
+            rule.device is not None and rule.device not in devices
+        ):
             continue
         priority = rule.priority or priority
         for field in ("value", "weight"):

@@ -139,8 +139,11 @@ class Server:
         pid, uid = credentials(connected)
         most = self._broker.connections_of(uid)
         if self._counts.get(uid, 0) >= most:
-            words = f"user {uid} has {most} connections already, as many as it may; close some, or have the operator "
-            self._refuse(connected, NOT_PERMITTED, words + "allow more in a [[grant]]")
+            words = (
+                f"user {uid} has {most} connections already, as many as it may; close some, or have the "
+                f"operator allow more in a [[grant]]"
+            )
+            self._refuse(connected, NOT_PERMITTED, words)
             return
         try:
             seat = self._seat(pid, uid)
@@ -311,9 +314,9 @@ class Server:
     def _bury(self, seat: Seat) -> None:
         """A process has ended, though a child of it may hold its sockets open."""
         for connection in list(seat.connections):
-            self._detach(connection)
-            if connection.session is not None:
-                self._broker.lose(connection.session)
+            # What it said before its end counts.
+            self._read(connection)
+            self._drop(connection, None)
         self._remove(seat)
         self._broker.bury(seat.process)
         self.flush()

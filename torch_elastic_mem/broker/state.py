@@ -14,8 +14,8 @@ class AccountState(msgspec.Struct, frozen=True, kw_only=True):
         priority: the name of its class. value: the class's value; higher wins.
         lease: bytes granted to it. held: those of them in use, as it last reported. idle: the part of `held`
             that nothing lives in, likewise.
-        min: never reclaimed. low: reclaimed last. high: above it, it trims itself. max: its own out-of-memory.
-        weight: its share of its class.
+        min: never reclaimed. low: reclaimed last. high: above it, it trims itself.
+        max: its own out-of-memory. weight: its share of its class.
         state: "ok", "asked" (an answer is due), "debtor" (the answer is late), "lost" (the connection is
             gone, the process lives), "dying" (the process is gone, its memory not yet seen free).
         owed: bytes that a debtor was asked for and has not answered.

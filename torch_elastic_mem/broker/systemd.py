@@ -30,10 +30,10 @@ def notify(environment: Mapping[str, str], *states: str) -> None:
     address = environment.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as told:
-        # A broker whose manager does not listen serves its tenants all the same.
-        with contextlib.suppress(OSError):
-            told.sendto("\n".join(states).encode(), address.replace("@", "\0", 1))
+    # A broker whose manager does not listen serves its tenants all the same.
+    kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as told:
+        told.sendto("\n".join(states).encode(), address.replace("@", "\0", 1))
 
 
 def watchdog_seconds(environment: Mapping[str, str]) -> float | None:

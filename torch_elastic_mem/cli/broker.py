@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
-from torch_elastic_mem.broker.control import ControlClient
-from torch_elastic_mem.broker.paths import Paths, default_directory
-from torch_elastic_mem.broker.state import AccountState, MachineState
+if TYPE_CHECKING:
+    from torch_elastic_mem.broker.control import ControlClient
+    from torch_elastic_mem.broker.state import AccountState, MachineState
 
 # Exit code of a command that found nothing, or could not have all that was asked.
 NOT_ALL = 1
@@ -18,6 +17,9 @@ NOT_ALL = 1
 
 def connect() -> ControlClient:
     """A connection to the broker that this user's processes would find."""
+    from torch_elastic_mem.broker.control import ControlClient
+    from torch_elastic_mem.broker.paths import Paths, default_directory
+
     return ControlClient(Paths(default_directory(os.environ)).control)
 
 
@@ -37,10 +39,14 @@ def require(ctx: click.Context, state: MachineState, name: str) -> None:
         return
     there = sorted({f"{each.name}/{each.pid}" for device in state.devices for each in device.accounts})
     known = f"there are {', '.join(there)}" if there else "there are none"
-    click.echo(f"tem: no account {name!r}: {known}", err=True)
+    from torch_elastic_mem.screen.cells import printable
+
+    click.echo(printable(f"tem: no account '{name}': {known}"), err=True)
     ctx.exit(NOT_ALL)
 
 
 def echo_json(value: Any) -> None:
     """Prints a value as JSON with indents."""
+    import msgspec
+
     click.echo(msgspec.json.format(msgspec.json.encode(value)).decode())

@@ -50,7 +50,11 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except tem.TemError as error:
-            click.echo(f"tem: {error}", err=True)
+            from torch_elastic_mem.screen.cells import printable
+
+            # A message may have names in it that other processes gave themselves.
+            said = "\n".join(map(printable, str(error).splitlines()))
+            click.echo(f"tem: {said}", err=True)
             ctx.exit(3 if isinstance(error, tem.BrokerError) else 2)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import msgspec
 
+import torch_elastic_mem as tem
 from torch_elastic_mem.cli.broker import NOT_ALL, connect
 
 
@@ -14,7 +15,7 @@ from torch_elastic_mem.cli.broker import NOT_ALL, connect
 @click.option(
     "-o",
     "--out",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    type=click.Path(dir_okay=False, path_type=Path),
     help="File to write instead of the standard output.",
 )
 @click.option("--since", type=click.IntRange(min=0), default=0, help="Only events after this number.")
@@ -31,7 +32,10 @@ def trace(ctx: click.Context, out: Path | None, since: int) -> None:
         events = list(client.events(since))
         made = msgspec.json.encode(chrome_trace(events, client.state()))
     if out:
-        out.write_bytes(made)
+        try:
+            out.write_bytes(made)
+        except OSError as error:
+            raise tem.TemError(f"{out} cannot be written: {error.strerror}; name another file") from None
     else:
         click.echo(made)
     if not events:

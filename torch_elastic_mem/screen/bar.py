@@ -71,6 +71,8 @@ def legend(device: DeviceState) -> Text:
         # Lines break between parts, not within.
         text.append(words.replace(" ", "\N{NO-BREAK SPACE}"), style=part.style)
         text.append("   ")
-    shared = f"of {format_bytes(device.capacity)} shared, {format_bytes(device.total)} in all"
+    shared = f"of {format_bytes(device.capacity)} shared"
+    if device.total != device.capacity:
+        shared += f", {format_bytes(device.total)} in all"
     text.append(shared.replace(" ", "\N{NO-BREAK SPACE}"), style="dim")
     return text

@@ -74,6 +74,6 @@ def _waiting(device: DeviceState) -> str:
     said += [
         f"{printable(name)} waited {share:.0%} of the last 10 s"
         for name, share in device.pressure.items()
-        if share
+        if round(share, 2)
     ]
     return ", ".join(said)

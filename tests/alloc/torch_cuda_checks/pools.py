@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 from typing import Any
 
 import torch
 
-from .harness import GiB, MiB, check, clean, graph_of, holds, pools, raises, tensor
+from .harness import GiB, MiB, check, clean, graph_of, holds, pools, private, raises, tensor
 
 
 @check
@@ -53,30 +54,115 @@ def a_pool_need_not_split() -> None:
 
 @check
 def a_pool_may_have_an_allocator_of_its_own() -> None:
-    from torch_elastic_mem import _C
+    for make in (of_an_account, of_the_driver):
+        pool = make()
+        identity = tuple(pool.id)
+        with torch.cuda.use_mem_pool(pool):
+            held = tensor(3 * MiB).fill_(3)
+            address = held.data_ptr()
+            assert [each["address"] for each in pool.snapshot()] == [address]
+            del held
+            again = tensor(3 * MiB)
+            assert again.data_ptr() == address
+        again.record_stream(torch.cuda.Stream())
+        del again, pool
+        gc.collect()
+        torch.cuda.empty_cache()  # of pools that went before their tensors, too
+        assert identity not in pools()
 
-    plug = torch.cuda.memory.CUDAPluggableAllocator(_C.__file__, "tem_cuda_alloc", "tem_cuda_free")
-    pool = torch.cuda.MemPool(plug.allocator())
-    with torch.cuda.use_mem_pool(pool):
-        held = tensor(3 * MiB).fill_(3)
-        address = held.data_ptr()
-        assert [each["address"] for each in pool.snapshot()] == [address]
-        del held
-        again = tensor(3 * MiB)
-        assert again.data_ptr() == address
-    again.record_stream(torch.cuda.Stream())
-    del again, pool
-    gc.collect()
-    torch.cuda.empty_cache()  # of pools that went before their tensors, too
-    assert all(tuple(each["segment_pool_id"]) == (0, 0) for each in torch.cuda.memory_snapshot())
 
-
-def provided() -> Any:
-    """A pool with an allocator of its own."""
+def of_an_account() -> Any:
+    """A pool with an allocator of its own, which has the account's memory."""
     from torch_elastic_mem import _C
 
     plug = torch.cuda.memory.CUDAPluggableAllocator(_C.__file__, "tem_cuda_alloc", "tem_cuda_free")
     return torch.cuda.MemPool(plug.allocator())
+
+
+driver = ctypes.CDLL("libcuda.so.1")
+from_driver: dict[int, int] = {}  # the size of what lives, by address
+
+
+@ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+def driver_alloc(size: int, device: int, stream: int | None) -> int:
+    address = ctypes.c_size_t()
+    if driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(size)) != 0:
+        return 0
+    from_driver[address.value] = size
+    return address.value
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+def driver_free(address: int, size: int, device: int, stream: int | None) -> None:
+    assert from_driver.pop(address) == size
+    assert driver.cuMemFree_v2(ctypes.c_size_t(address)) == 0
+
+
+def of_the_driver() -> Any:
+    """A pool with an allocator of its own, in Python, whose memory is no account's."""
+    functions = (ctypes.cast(each, ctypes.c_void_p).value for each in (driver_alloc, driver_free))
+    return torch.cuda.MemPool(private._cuda_customAllocator(*functions))
+
+
+@check
+def what_another_allocator_gives_is_in_the_figures_as_with_torchs_own() -> None:
+    clean()
+    torch.cuda.reset_peak_memory_stats()
+
+    def now() -> list[int]:
+        stats = torch.cuda.memory_stats()
+        figures = ("allocation", "allocated_bytes", "active_bytes", "requested_bytes", "segment")
+        return [stats[f"{figure}.all.current"] for figure in (*figures, "reserved_bytes")]
+
+    def grown(*by: int) -> list[int]:
+        return [start + more for start, more in zip(before, by, strict=True)]
+
+    before = now()
+    pool = of_the_driver()
+    with torch.cuda.use_mem_pool(pool):
+        held = tensor(3 * MiB - 5)
+    assert now() == grown(1, 3 * MiB, 3 * MiB, 3 * MiB - 5, 1, 3 * MiB)
+    assert list(from_driver.values()) == [3 * MiB]
+    assert holds(torch.cuda.memory_snapshot(), held)
+    del held
+    assert now() == grown(0, 0, 0, 0, 1, 3 * MiB)
+    assert torch.cuda.max_memory_allocated() == before[1] + 3 * MiB
+    del pool
+    clean()
+    assert now() == before
+    assert not from_driver
+
+
+@check
+def what_another_allocator_has_of_the_account_is_in_the_figures_once() -> None:
+    clean()
+    allocated = torch.cuda.memory_allocated()
+    pool = of_an_account()
+    with torch.cuda.use_mem_pool(pool):
+        held = tensor(3 * MiB)
+    assert torch.cuda.memory_allocated() == allocated + 3 * MiB
+    addresses = [each["address"] for each in torch.cuda.memory_snapshot()]
+    assert len(addresses) == len(set(addresses))
+    del held, pool
+    clean()
+    assert torch.cuda.memory_allocated() == allocated
+
+
+@check
+def what_a_pool_reserves_is_in_the_figures_of_torchs_that_have_it() -> None:
+    pool = torch.cuda.MemPool()
+    identity = tuple(pool.id)
+    with torch.cuda.use_mem_pool(pool):
+        held = tensor(3 * MiB)
+    every = torch.cuda.memory_stats_as_nested_dict().get("reserved_bytes_by_private_pools")
+    if every is None:  # before 2.13
+        return
+    reserved = sum(each["total_size"] for each in pool.snapshot())
+    assert every[identity]["all"]["current"] == every[identity]["large_pool"]["current"] == reserved
+    del held, pool
+    clean()
+    every = torch.cuda.memory_stats_as_nested_dict()["reserved_bytes_by_private_pools"]
+    assert (every[identity]["all"]["current"], every[identity]["all"]["peak"]) == (0, reserved)
 
 
 @check
@@ -98,7 +184,7 @@ def the_innermost_of_nested_pools_serves() -> None:
 
 @check
 def the_innermost_serves_whatever_allocators_the_pools_have() -> None:
-    plain, own = torch.cuda.MemPool(), provided()
+    plain, own = torch.cuda.MemPool(), of_an_account()
     for outer, inner in ((plain, own), (own, plain)):
         with torch.cuda.use_mem_pool(outer):
             with torch.cuda.use_mem_pool(inner):

@@ -137,3 +137,22 @@ def a_refusal_is_counted_with_the_try_before_it() -> None:
     stats = torch.cuda.memory_stats()
     assert (stats["num_alloc_retries"], stats["num_ooms"]) == (1, 1)
     assert stats["allocation.all.allocated"] == 0
+
+
+@check
+def what_the_fraction_refuses_is_a_rejection_where_torch_is_told_so() -> None:
+    if "num_oom_rejections" not in torch.cuda.memory_stats():  # before 2.12
+        return
+    clean()
+    before = torch.cuda.memory_stats()
+    torch.cuda.memory._set_allocator_settings("throw_on_cudamalloc_oom:True")
+    torch.cuda.set_per_process_memory_fraction(GiB / torch.cuda.mem_get_info()[1])
+    try:
+        with raises(torch.OutOfMemoryError, "CUDA out of memory. ", "throw_on_cudamalloc_oom"):
+            tensor(2 * GiB)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.memory._set_allocator_settings("throw_on_cudamalloc_oom:False")
+    stats = torch.cuda.memory_stats()
+    assert stats["num_oom_rejections"] == before["num_oom_rejections"] + 1
+    assert stats["num_ooms"] == before["num_ooms"]

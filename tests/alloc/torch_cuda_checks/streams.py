@@ -58,10 +58,10 @@ def a_block_that_waits_for_a_stream_shows_so_in_the_snapshot() -> None:
         blocks = [block for each in torch.cuda.memory_snapshot() for block in each["blocks"]]
         return [block["state"] for block in blocks if block["address"] == address]
 
-    assert states() == ["active_awaiting_free"]
+    assert states() == ["active_pending_free"]
     side.synchronize()
     tensor(1)
-    assert states() != ["active_awaiting_free"]
+    assert states() != ["active_pending_free"]
 
 
 @check

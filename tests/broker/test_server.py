@@ -1,0 +1,331 @@
+"""A broker as a process, over real sockets, with tenants that behave, misbehave, stop and die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.broker.actor import STEPS
+from tests.broker.service import MiB, Service, actor, hear
+from tests.broker.tenant import LONG, Tenant
+from torch_elastic_mem.broker.protocol import (
+    FREE_ONLY,
+    HOST,
+    Demand,
+    Denied,
+    Done,
+    Hello,
+    Limits,
+    Refused,
+    SetLimits,
+    Welcome,
+    encode,
+)
+
+# What a dead process held is granted again within a second; the rest is for a busy machine.
+SOON = 10.0
+
+
+def ended(tenant: Tenant) -> bool:
+    """The broker has closed the connection."""
+    tenant.socket.settimeout(LONG)
+    try:
+        return tenant.socket.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_two_tenants_pass_memory_to_and_fro(service: Service) -> None:
+    with service.tenant() as low, service.tenant() as high:
+        training, serving = low.open("training", 0), high.open("serving", 100)
+        assert low.get(training, 100 * MiB) == 100 * MiB
+        number = high.demand(serving, 30 * MiB)
+        while not low.asks:
+            low.serve(0.05)
+        assert low.asks[0][1].demander == f"serving/{os.getpid()}"
+        assert high.granted(number) == 30 * MiB
+        high.put(serving, 30 * MiB)
+        assert low.get(training, 30 * MiB, rung=FREE_ONLY) == 30 * MiB
+
+
+def test_a_tenant_sets_its_limits_and_closes(service: Service) -> None:
+    with service.tenant() as tenant:
+        account = tenant.open("a", max=50 * MiB)
+        assert isinstance(tenant.ask(SetLimits(account, Limits(0, max=60 * MiB)), Done), Done)
+        assert isinstance(tenant.wait(tenant.demand(account, 61 * MiB)), Denied)
+        tenant.bye()
+    with service.tenant() as again:
+        assert again.get(again.open("a"), 100 * MiB) == 100 * MiB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", STEPS)
+def test_what_a_killed_process_held_is_granted_again(service: Service, step: str) -> None:
+    with service.tenant() as tenant:
+        account = tenant.open("survivor", 100)
+        if step == "waiting":
+            tenant.get(account, 60 * MiB)
+        process = actor(service.path, step, 100 * MiB if step != "waiting" else 50 * MiB)
+        try:
+            if step in ("asked", "half given", "given"):
+                hear(process, "granted")
+                waiting = tenant.demand(account, 100 * MiB, timeout=60.0)
+                hear(process, "there")
+                process.kill()
+                assert tenant.granted(waiting) == 100 * MiB
+            else:
+                hear(process, "there")
+                process.kill()
+                want = 40 * MiB if step == "waiting" else 100 * MiB
+                assert tenant.get(account, want, timeout=SOON, rung=4) == want
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_a_stopped_process_is_a_debtor_and_others_are_served(service: Service) -> None:
+    process = actor(service.path, "asked", 50 * MiB)
+    with service.tenant() as other, service.tenant() as tenant:
+        try:
+            hear(process, "granted")
+            os.kill(process.pid, signal.SIGSTOP)
+            lower, account = other.open("other", 50), tenant.open("a", 100)
+            other.get(lower, 50 * MiB)
+            number = tenant.demand(account, 20 * MiB, timeout=3.0)
+            end = time.monotonic() + SOON
+            while not other.asks and time.monotonic() < end:
+                other.serve(0.1)
+            assert tenant.granted(number) == 20 * MiB
+            assert other.asks, "the one that still answers gave"
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_a_process_of_another_version_is_told_so(service: Service) -> None:
+    tenant = Tenant(service.path, hello=False)
+    hello = bytearray(encode(9, Hello(HOST, "host", "", "", 1, 1)))
+    hello[0] = 2
+    tenant.socket.send(hello)
+    number, refused = tenant.receive() or (0, None)
+    assert number == 9
+    assert isinstance(refused, Refused) and refused.kind == 4
+    assert "version 2; this side speaks version 1" in refused.reason
+    assert ended(tenant)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"x",
+        b"\1\0\5\0" + bytes(60),
+        bytes(4096),
+        bytes(100_000),
+        encode(1, Welcome(1, 2)),
+        encode(1, Demand(77, 0, 1, 1, 1)),
+        encode(1, Hello(HOST, "host", "", "", 1, 1)),
+        os.urandom(200),
+    ],
+    ids=["short", "header", "zeros", "oversized", "a broker's", "no account", "second hello", "random"],
+)
+def test_garbage_ends_that_connection_only_and_its_bytes_stay_leased(
+    service: Service, garbage: bytes
+) -> None:
+    with service.tenant() as good, service.tenant() as bad:
+        account = good.open("good")
+        bad.get(bad.open("bad"), 60 * MiB)
+        bad.socket.send(garbage)
+        assert ended(bad)
+        assert good.get(account, 40 * MiB) == 40 * MiB
+        assert isinstance(good.wait(good.demand(account, MiB, rung=FREE_ONLY)), Denied)
+        # The process lives, and may come back with what it holds.
+        with service.tenant() as back:
+            assert back.open("bad", lease=60 * MiB)
+
+
+def test_a_connection_begins_with_hello(service: Service) -> None:
+    tenant = Tenant(service.path, hello=False)
+    tenant.send(Demand(1, 0, 1, 1, 1))
+    assert ended(tenant)
+    assert any("begins with HELLO" in str(line["message"]) for line in service.lines())
+
+
+def test_a_device_that_cannot_be_is_refused(service: Service) -> None:
+    tenant = Tenant(service.path, hello=False)
+    for hello in (
+        Hello("", "cuda", "", "", 1, 1),
+        Hello(HOST, "cuda", "", "", 1, 1),
+        Hello("GPU-1", "cuda", "", "", 0, 1),
+    ):
+        assert tenant.refused(hello).kind == 1
+    assert tenant.ask(Hello("GPU-1", "cuda", "", "", 100, 1), Welcome).capacity == 100
+
+
+def test_one_user_has_so_many_connections_and_no_more(stopped: Service) -> None:
+    stopped.config.write_text(f"[[grant]]\nuid = {os.geteuid()}\nmax_value = 1000\nconnections = 5\n")
+    service = stopped.start()
+    tenants = [service.tenant() for _ in range(5)]
+    for _ in range(200):
+        more = Tenant(service.path, hello=False)
+        _, refused = more.receive() or (0, None)
+        assert isinstance(refused, Refused) and refused.kind == 5
+        assert "has 5 connections already" in refused.reason
+        more.socket.close()
+    tenants[0].bye()
+    end = time.monotonic() + SOON
+    while time.monotonic() < end:
+        more = Tenant(service.path, hello=False)
+        if isinstance(more.wait(more.send(Hello(HOST, "host", "", "", 1, 1))), Welcome):
+            break
+        more.socket.close()
+    account = tenants[1].open("a")
+    assert tenants[1].get(account, MiB) == MiB
+
+
+def test_a_broker_without_descriptors_serves_those_it_has(stopped: Service) -> None:
+    stopped.before = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24));"
+    service = stopped.start()
+    tenant = service.tenant()
+    account = tenant.open("a")
+    others = []
+    for _ in range(40):
+        other = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        other.connect(str(service.path))
+        others.append(other)
+    assert tenant.get(account, MiB) == MiB
+    for other in others:
+        other.close()
+    end = time.monotonic() + SOON
+    while time.monotonic() < end:
+        try:
+            late = service.tenant()
+        except (AssertionError, OSError):
+            continue
+        assert late.get(late.open("late"), MiB) == MiB
+        break
+    else:
+        raise AssertionError("nobody was let in again")
+
+
+def test_a_client_that_never_reads_is_ended_and_others_are_served(service: Service) -> None:
+    with service.tenant() as deaf, service.tenant() as good:
+        account = deaf.open("deaf")
+        deaf.socket.settimeout(LONG)
+        message = encode(5, Demand(account, 0, 1 << 40, 1 << 40, 1))
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            for _ in range(100_000):
+                deaf.socket.send(message)
+        other = good.open("good")
+        assert good.get(other, MiB) == MiB
+    assert any("has not read 1024 messages" in str(line["message"]) for line in service.lines())
+
+
+def test_a_second_broker_says_who_serves(service: Service) -> None:
+    second = service.launch(subprocess.PIPE)
+    _, error = second.communicate(timeout=LONG)
+    assert second.returncode == 2
+    assert f"another broker serves in {service.directory}: process {service.pid}" in error
+    with service.tenant() as tenant:
+        assert tenant.open("a")
+
+
+def test_a_new_broker_is_told_what_tenants_of_a_killed_one_hold(service: Service) -> None:
+    tenant = service.tenant()
+    epoch = tenant.welcome.epoch
+    tenant.get(tenant.open("a", 0), 70 * MiB)
+    service.stop(signal.SIGKILL)
+    assert ended(tenant)
+    service.start()
+    early = service.tenant("early")
+    account = early.open("early", 0)
+    waiting = early.demand(account, 100 * MiB, rung=FREE_ONLY)
+    back = service.tenant()
+    assert back.welcome.epoch != epoch
+    again = back.open("a", 0, lease=70 * MiB)
+    assert isinstance(early.wait(waiting), Denied), "in the grace nobody is granted what others hold"
+    assert early.get(account, 30 * MiB) == 30 * MiB
+    back.put(again, 70 * MiB)
+
+
+def test_a_broker_that_stopped_without_tenants_needs_no_grace(service: Service) -> None:
+    with service.tenant() as tenant:
+        tenant.bye()
+    time.sleep(0.2)
+    assert service.stop() == 0
+    assert not service.path.exists()
+    assert (service.directory / "broker.lock").read_text().split() == [str(service_pid(service)), "clean"]
+    service.start()
+    with service.tenant() as tenant:
+        assert tenant.get(tenant.open("a"), MiB, rung=FREE_ONLY, timeout=0.0) == MiB
+
+
+def service_pid(service: Service) -> int:
+    return int((service.directory / "broker.lock").read_text().split()[0])
+
+
+def test_a_new_configuration_is_read_at_sighup_and_a_wrong_one_changes_nothing(service: Service) -> None:
+    with service.tenant() as tenant:
+        account = tenant.open("a")
+        service.config.write_text('[[limits]]\nname = "a"\nmax = "10MiB"\n')
+        os.kill(service.pid, signal.SIGHUP)
+        _, message = tenant.receive() or (0, None)
+        assert message is not None and type(message).__name__ == "Set"
+        service.config.write_text("colour = 1\n")
+        os.kill(service.pid, signal.SIGHUP)
+        assert isinstance(tenant.wait(tenant.demand(account, 11 * MiB)), Denied)
+        end = time.monotonic() + SOON
+        while not any("unknown key 'colour'" in str(line["message"]) for line in service.lines()):
+            assert time.monotonic() < end
+
+
+def test_a_full_disk_costs_log_lines_and_nothing_else(tmp_path: Path) -> None:
+    service = Service(tmp_path)
+    service.log = Path("/dev/full")
+    try:
+        service.start()
+        with service.tenant() as bad, service.tenant() as good:
+            bad.socket.send(b"garbage")
+            assert ended(bad)
+            assert good.get(good.open("a"), MiB) == MiB
+        assert service.stop() == 0
+    finally:
+        service.close()
+
+
+def test_a_stale_socket_is_replaced(stopped: Service) -> None:
+    stopped.directory.mkdir(mode=0o700)
+    left = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    left.bind(str(stopped.path))
+    left.close()
+    with stopped.start().tenant() as tenant:
+        assert tenant.open("a")
+
+
+def test_a_socket_of_systemd_is_served_and_it_hears_that_the_service_is_ready(
+    stopped: Service, tmp_path: Path
+) -> None:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(tmp_path / "given.sock"))
+    listener.listen()
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    manager.bind(str(tmp_path / "notify"))
+    manager.settimeout(LONG)
+    # What systemd does between fork and exec: the socket is descriptor 3, and the pid is the service's.
+    stopped.before = (
+        f"import os; os.dup2({listener.fileno()}, 3); os.environ.update(LISTEN_PID=str(os.getpid()), "
+        f"LISTEN_FDS='1', LISTEN_FDNAMES='tenants.socket', NOTIFY_SOCKET='{tmp_path}/notify', "
+        f"WATCHDOG_USEC='200000');"
+    )
+    stopped.descriptors = (listener.fileno(),)
+    stopped.start()
+    told = {manager.recv(100) for _ in range(3)}
+    assert {b"READY=1", b"WATCHDOG=1"} <= told
+    with Tenant(tmp_path / "given.sock") as tenant:
+        assert tenant.open("a")
+    assert stopped.stop() == 0
