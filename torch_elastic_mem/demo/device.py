@@ -60,7 +60,7 @@ def equal_bits(backend: str) -> Iterator[None]:
 
 
 def measure(backend: str) -> tuple[str, int]:
-    """What a broker calls the device, and the bytes that are free there; the host's count for nothing here."""
+    """What a broker calls the device, and the bytes that are free there, which on the host nobody asks."""
     kind, index = device_of(backend)
     if kind == "host":
         return "HOST", 0

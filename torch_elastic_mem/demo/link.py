@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from multiprocessing.connection import Connection
-from typing import TypeVar
 
 import msgspec
 
@@ -75,7 +74,6 @@ class Closed(Message, frozen=True, tag=True):
 
 AnyMessage = Found | Open | Opened | Play | Prove | Finish | Cancel | Close | Look | Ended | Closed
 _decode = msgspec.msgpack.Decoder(AnyMessage).decode
-_Wanted = TypeVar("_Wanted", bound=Message)
 
 
 class Link:
@@ -98,12 +96,7 @@ class Link:
 
     def receive(self) -> AnyMessage:
         """Raises EOFError or OSError if the other side is gone."""
-        return _decode(self._connection.recv_bytes())
-
-    def expect(self, kind: type[_Wanted]) -> _Wanted:
-        """Receives a message that can only be of one kind."""
-        message = self.receive()
-        assert isinstance(message, kind), message
+        message: AnyMessage = _decode(self._connection.recv_bytes())
         return message
 
     def close(self) -> None:

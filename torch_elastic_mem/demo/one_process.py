@@ -41,9 +41,7 @@ class OneProcess:
             opened.enter_context(equal_bits(backend))
             self._arena = open_arena(self.setting)
             self.device = self._arena.device
-            self._stages = [
-                open_stage(self._arena, name, self.setting) for name in ("training", "serving")
-            ]
+            self._stages = [open_stage(self._arena, name, self.setting) for name in ("training", "serving")]
             trained, served = self._stages
             give_torch(trained.account)
             self.training = LocalTraining(trained, seconds)

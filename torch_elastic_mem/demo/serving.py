@@ -58,9 +58,7 @@ class LocalServing(LocalSide[ServingMoment, ServingOutcome, ServedAgain]):
         assert self._server is not None
         self.moment()
         server, self._server = self._server, None
-        return ServingOutcome(
-            server.served(), server.preemptions, server.compactions, server.compacted_bytes
-        )
+        return ServingOutcome(server.served(), server.preemptions, server.compactions, server.compacted_bytes)
 
     def _prove(self, outcome: ServingOutcome) -> ServedAgain:
         sample = _sample(outcome.served)

@@ -164,6 +164,12 @@ class LocalSide(ABC, Generic[Moment, Outcome, Proof]):
         return again
 
     @abstractmethod
+    def moment(self) -> Moment: ...
+
+    @abstractmethod
+    def finish(self) -> None: ...
+
+    @abstractmethod
     def _play(self) -> None: ...
 
     @abstractmethod

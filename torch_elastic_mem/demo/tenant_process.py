@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+import torch_elastic_mem as tem
 from torch_elastic_mem.demo import link as words
 from torch_elastic_mem.demo.bursts import schedule
 from torch_elastic_mem.demo.device import (
@@ -43,13 +44,18 @@ def main() -> None:
 
 
 def _live(link: Link, name: str, backend: str) -> None:
-    uuid, free = measure(backend)
-    link.send(words.Found(uuid, "cpu" if backend == "host" else backend, free))
-    opening = link.expect(words.Open)
-    setting = setting_for(backend, opening.capacity, free, opening.seconds)
-    arena = open_arena(setting, opening.broker)
-    stage = open_stage(arena, name, setting)
-    give_torch(stage.account)
+    try:
+        uuid, free = measure(backend)
+        link.send(words.Found(uuid, "cpu" if backend == "host" else backend, free))
+        opening = link.receive()
+        if not isinstance(opening, words.Open):
+            return  # cancelled
+        setting = setting_for(backend, opening.capacity, free, opening.seconds)
+        arena = open_arena(setting, opening.broker)
+        stage = open_stage(arena, name, setting)
+        give_torch(stage.account)
+    except tem.TemError as error:
+        sys.exit(str(error))  # says all; where it happened is no riddle
     side = _side(stage, setting)
     try:
         link.send(words.Opened())

@@ -63,6 +63,7 @@ class TwoProcesses:
             options += ["--idle-exit", str(_IDLE_EXIT)]
             broker = launch(paths.directory, options, folder / "broker.log")
             opened.callback(_stop, broker)
+            self.broker_pid = broker.pid
             self.serving.found()
             for side in (self.training, self.serving):
                 side.open(str(paths.tenants), shared, seconds)
