@@ -429,9 +429,9 @@ void Client::on_ask(const Header& header, const Ask& ask) {
   if (!id) return answer(0, 0, true);
   Rung worst = ask.rung <= static_cast<uint32_t>(Rung::kPause) ? static_cast<Rung>(ask.rung) : Rung::kTrim;
   {
-    // A thread that may hold the GIL waits for memory: a reclaimer that needs the GIL would wait for it. Where
-    // it waits for the very account that is to give, its demand is taken back: who asks is of a higher class,
-    // and must not wait until it is denied.
+    // A thread that may hold the GIL waits for memory: a reclaimer that needs the GIL would wait for it.
+    // Where it waits for the very account that is to give, its demand is taken back: who asks is of a higher
+    // class, and must not wait until it is denied.
     const Lock lock(mutex_);
     for (const auto& [number, call] : calls_) {
       if (call->demand == nullptr || call->demand->own >= worst) continue;

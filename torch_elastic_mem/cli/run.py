@@ -10,12 +10,13 @@ from pathlib import Path
 import click
 
 from torch_elastic_mem.activate import settings
-from torch_elastic_mem.broker import paths
 from torch_elastic_mem.errors import BrokerError, TemError
 
 STARTUP = Path(settings.__file__).parent / "startup"
 # Seconds without a tenant after which a broker that was started here ends. The program is one while it runs.
 IDLE_EXIT = 60
+# The name that an arena looks at; 0 is for no broker.
+BROKER = "TEM_BROKER"
 
 
 def _limit(name: str, help: str) -> str:
@@ -39,7 +40,7 @@ def _limit(name: str, help: str) -> str:
 @click.option("--high", metavar="SIZE", help=_limit("high", "Above it, the account trims itself."))
 @click.option("--max", metavar="SIZE", help=_limit("max", "Above it, it is out of memory by itself."))
 @click.option("--weight", metavar="NUMBER", help=_limit("weight", "Its share of its class."))
-@click.option("--no-broker", is_flag=True, help=f"Share with no other process.  [{paths.BROKER}=0]")
+@click.option("--no-broker", is_flag=True, help=f"Share with no other process.  [{BROKER}=0]")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
 def run(
@@ -66,7 +67,7 @@ def run(
         environment |= {variable: value for variable, value in given.items() if value}
         environment |= settings.Settings.read(environment).variables()
         environment["PYTHONPATH"] = with_startup(environment.get("PYTHONPATH", ""))
-        environment[paths.BROKER] = "0" if no_broker else _broker(environment)
+        environment[BROKER] = "0" if no_broker else _broker(environment)
     sys.stdout.flush()
     # Python ignores these from its start, and the program would inherit that.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
@@ -87,8 +88,9 @@ def with_startup(python_path: str) -> str:
 
 def _broker(environment: dict[str, str]) -> str:
     """What TEM_BROKER is to be: as it is, else the socket of the broker in the default directory."""
-    if (given := environment.get(paths.BROKER)) is not None:
+    if (given := environment.get(BROKER)) is not None:
         return given or "0"
+    from torch_elastic_mem.broker import paths
     from torch_elastic_mem.broker.launch import ensure
 
     directory = paths.default_directory(environment).absolute()
