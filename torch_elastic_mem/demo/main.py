@@ -20,7 +20,7 @@ from torch_elastic_mem.demo.timeline import draw_timeline
 from torch_elastic_mem.demo.two_processes import TwoProcesses
 from torch_elastic_mem.demo.view import LiveView, PlainView, SilentView, View
 
-_SECONDS = 20.0
+_SECONDS = 16.0
 _OUT = Path("tem-demo")
 _INTERRUPTED = 128 + signal.SIGINT
 
