@@ -431,9 +431,13 @@ void Client::on_ask(const Header& header, const Ask& ask) {
   Rung worst = ask.rung <= static_cast<uint32_t>(Rung::kPause) ? static_cast<Rung>(ask.rung) : Rung::kTrim;
   {
     // A thread that may hold the GIL waits for memory: a reclaimer that needs the GIL would wait for it.
+    // Where it waits for the very account that is to give, its demand is taken back: who asks is of a higher
+    // class, and must not wait until it is denied.
     const Lock lock(mutex_);
     for (const auto& [number, call] : calls_) {
-      if (call->demand != nullptr) worst = std::min(worst, call->demand->own);
+      if (call->demand == nullptr || call->demand->own >= worst) continue;
+      if (call->account == *id && call->sent && !call->settling) post(number, Withdraw{});
+      worst = call->demand->own;
     }
   }
   Yielded now;

@@ -85,8 +85,9 @@ def stub(tmp_path: Path) -> Path:
 @pytest.fixture
 def environment(stub: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Of a shell where `tem` and the stand-in are installed."""
-    for name in ("TEM_ENABLE", "TEM_PRIORITY", "TEM_NAME", "TEM_DEVICE", "LOCAL_RANK", "PYTHONPATH"):
+    for name in [name for name in os.environ if name.startswith("TEM_")] + ["LOCAL_RANK", "PYTHONPATH"]:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TEM_BROKER", "0")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(stub), str(REPOSITORY)]))
     return dict(os.environ)
 

@@ -74,6 +74,8 @@ def test_no_such_command_is_127_and_no_program_is_126(tmp_path: Path) -> None:
         (["--prio", "x", "true"], {}, "No such option"),
         (["--priority", "urgent", "true"], {}, "tem: TEM_PRIORITY: no priority class 'urgent'"),
         (["--device", "cpu", "true"], {}, "tem: TEM_DEVICE: 'cpu' is no CUDA device"),
+        (["--max", "4XB", "true"], {}, "tem: TEM_MAX: '4XB' is not a size"),
+        (["--max", "1GiB", "true"], {"TEM_MIN": "2GiB"}, "tem: TEM_MIN=2GiB, TEM_MAX=1GiB: "),
         (["true"], {"TEM_ENABLE": "yes"}, "tem: TEM_ENABLE is 'yes'"),
         (["true"], {"TEM_PRIORITY": "urgent"}, "tem: TEM_PRIORITY: no priority class 'urgent'"),
     ],
@@ -82,6 +84,14 @@ def test_bad_input_runs_nothing(arguments: list[str], variables: dict[str, str],
     done = tem_run(*arguments, **variables)
     assert done.returncode == 2
     assert said in done.stderr
+
+
+def test_options_go_over_their_variables() -> None:
+    options = ["--name", "a", "--max", "2GiB", "--weight", "3"]
+    done = tem_run(
+        *options, "sh", "-c", "echo $TEM_NAME $TEM_MAX $TEM_HIGH $TEM_WEIGHT", TEM_NAME="b", TEM_HIGH="1GiB"
+    )
+    assert done.stdout == "a 2GiB 1GiB 3\n"
 
 
 def test_switched_off_it_changes_nothing() -> None:

@@ -7,13 +7,20 @@ from torch_elastic_mem.activate.settings import Settings, enabled
 
 
 def test_what_is_written_is_read_again() -> None:
-    for settings in (Settings(), Settings("idle", "night run", ("cuda", "cuda:3"))):
+    limits = {"min": "1GiB", "max": "none", "weight": "2"}
+    for settings in (Settings(), Settings("idle", "night run", ("cuda", "cuda:3"), limits)):
         assert Settings.read(settings.variables()) == settings
 
 
 def test_unset_and_empty_are_the_defaults() -> None:
     assert Settings.read({}) == Settings.read({"TEM_PRIORITY": "", "TEM_NAME": "", "TEM_DEVICE": " ,"})
-    assert Settings.read({}) == Settings("training", "", ())
+    assert Settings.read({"TEM_MAX": ""}) == Settings.read({}) == Settings("training", "", ())
+
+
+def test_limits_go_over_those_of_the_class() -> None:
+    variables = {"TEM_LOW": "1MiB", "TEM_HIGH": "4KiB", "TEM_MAX": "none", "TEM_WEIGHT": "0.5"}
+    made = Settings.read(variables).priority_class()
+    assert made == tem.PriorityClass("training", 100, low=1 << 20, high=4 << 10, weight=0.5)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +28,11 @@ def test_unset_and_empty_are_the_defaults() -> None:
     [
         ({"TEM_PRIORITY": "urgent"}, "TEM_PRIORITY: no priority class 'urgent': use one of 'idle'"),
         ({"TEM_DEVICE": "cuda:0,cpu"}, "TEM_DEVICE: 'cpu' is no CUDA device"),
+        ({"TEM_MIN": "much"}, "TEM_MIN: 'much' is not a size"),
+        ({"TEM_MIN": "none"}, "TEM_MIN: 'none' is not a size"),
+        ({"TEM_WEIGHT": "heavy"}, "TEM_WEIGHT: 'heavy' is not a weight"),
+        ({"TEM_WEIGHT": "-1"}, "TEM_WEIGHT=-1: priority class 'training': weight"),
+        ({"TEM_MIN": "2GB", "TEM_MAX": "1GB"}, "TEM_MIN=2GB, TEM_MAX=1GB: .* is above max"),
         ({"TEM_DEVICE": "gpu0"}, "TEM_DEVICE: unknown device 'gpu0'"),
     ],
 )

@@ -53,11 +53,11 @@ def test_help_loads_neither_torch_nor_a_command() -> None:
 
 def test_demo_passes_its_options_on(demo: list[tuple[Any, ...]]) -> None:
     assert CliRunner().invoke(main, ["demo"]).exit_code == 0
-    options = "--seconds 4.5 --capacity 256MiB --backend host --json --plain --out somewhere"
+    options = "--seconds 4.5 --capacity 256MiB --backend host --json --plain --out somewhere --one-process"
     assert CliRunner().invoke(main, ["demo", *options.split()]).exit_code == 0
     assert demo == [
-        (None, None, "auto", False, False, Path("tem-demo")),
-        (4.5, 256 << 20, "host", True, True, Path("somewhere")),
+        (None, None, "auto", False, False, Path("tem-demo"), False),
+        (4.5, 256 << 20, "host", True, True, Path("somewhere"), True),
     ]
 
 

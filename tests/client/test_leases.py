@@ -15,6 +15,7 @@ from torch_elastic_mem.broker.protocol import (
     FREE_ONLY,
     OUT_OF_MEMORY,
     PAUSE,
+    TRIM,
     Bye,
     Close,
     Demand,
@@ -200,6 +201,31 @@ def test_closing_an_account_returns_its_lease_first(
     account.close()
     broker.await_count(Close, 1)
     assert number not in broker.charged
+
+
+def test_a_demand_is_taken_back_when_its_own_account_has_to_give(opened: Opened, broker: Scripted) -> None:
+    # As malloc's, which may wait with the GIL: its account's reclaimers could not run until it is denied.
+    broker.policy = lambda demand: None
+    account, number = opened()
+    failed: list[BaseException] = []
+
+    def allocate() -> None:
+        try:
+            account.allocator().allocate(4 * MiB, 0)
+        except tem.OutOfMemory as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=allocate)
+    thread.start()
+    broker.await_count(Demand, 1)
+    assert broker.ask(number, 2 * MiB, TRIM)[-1].bytes == 0
+    assert not broker.got(Withdraw)
+    assert broker.ask(number, 2 * MiB, PAUSE)[-1].bytes == 0
+    broker.await_count(Withdraw, 1)
+    broker.answer(Denied(OUT_OF_MEMORY, "it was withdrawn"))
+    thread.join(10)
+    assert "withdrawn" in str(failed[0])
+    account.close()
 
 
 def test_closing_the_arena_says_goodbye(arena: tem.Arena, opened: Opened, broker: Scripted) -> None:

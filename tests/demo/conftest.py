@@ -10,8 +10,8 @@ import torch
 import torch_elastic_mem as tem
 from torch_elastic_mem.demo.device import equal_bits
 from torch_elastic_mem.demo.model import Shape, initial_weights
-from torch_elastic_mem.demo.phase import Stage
 from torch_elastic_mem.demo.scale import Scale
+from torch_elastic_mem.demo.stage import Stage
 from torch_elastic_mem.demo.text import Text
 
 
@@ -47,12 +47,22 @@ def initial(scale: Scale) -> torch.Tensor:
 
 
 @pytest.fixture
-def stage(scale: Scale, text: Text, initial: torch.Tensor) -> Iterator[Stage]:
-    """Closes without error only if the test left nothing in the accounts."""
-    arena = tem.Arena("host", capacity=scale.capacity)
-    stage = Stage(arena, arena.account("training"), arena.account("serving", "serving"), scale, initial, text)
-    yield stage
-    stage.training.close()
-    stage.serving.close()
-    assert arena.snapshot().leased == 0
-    arena.close()
+def arena(scale: Scale) -> Iterator[tem.Arena]:
+    """Closes without error only if the test left nothing in its accounts."""
+    with tem.Arena("host", capacity=scale.capacity) as arena:
+        yield arena
+        assert arena.snapshot().leased == 0
+
+
+@pytest.fixture
+def trained(arena: tem.Arena, scale: Scale, text: Text, initial: torch.Tensor) -> Iterator[Stage]:
+    """What training runs on."""
+    with arena.account("training") as account:
+        yield Stage(arena, account, scale, initial, text)
+
+
+@pytest.fixture
+def served(arena: tem.Arena, scale: Scale, text: Text, initial: torch.Tensor) -> Iterator[Stage]:
+    """What serving runs on."""
+    with arena.account("serving", "serving") as account:
+        yield Stage(arena, account, scale, initial, text)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import torch_elastic_mem as tem
 from torch_elastic_mem.demo.decoder import PagedDecoder, next_logits
 from torch_elastic_mem.demo.model import Weights, attention, causal_mask, forward, initial_weights, logits
-from torch_elastic_mem.demo.phase import Stage
 from torch_elastic_mem.demo.scale import Scale, scale_for
+from torch_elastic_mem.demo.stage import Stage
 from torch_elastic_mem.demo.text import Text
 from torch_elastic_mem.demo.trainer import Trainer, train
 
@@ -127,14 +127,14 @@ def test_an_update_that_finds_no_memory_changes_nothing(
     assert [loss / scale.micro_batches, train(trainer, scale.micro_batches)] == expected
 
 
-def decode(stage: Stage, weights: Weights, prompt: list[int], blocks: list[int], count: int) -> list[int]:
+def decode(served: Stage, weights: Weights, prompt: list[int], blocks: list[int], count: int) -> list[int]:
     """Decodes out of a cache of its own, in the given blocks."""
-    shape = stage.scale.shape
-    block_shape = (2, stage.scale.block_tokens, shape.heads, shape.head_dim)
-    kv = tem.ElasticKVTensor(stage.serving, 64, block_shape, torch.float32, layers=shape.layers)
+    shape = served.scale.shape
+    block_shape = (2, served.scale.block_tokens, shape.heads, shape.head_dim)
+    kv = tem.ElasticKVTensor(served.account, 64, block_shape, torch.float32, layers=shape.layers)
     kv.ensure(blocks)
-    decoder = PagedDecoder(weights, kv, stage.scale.block_tokens)
-    tokens = [decoder.prefill(prompt, blocks[: -(-len(prompt) // stage.scale.block_tokens)])]
+    decoder = PagedDecoder(weights, kv, served.scale.block_tokens)
+    tokens = [decoder.prefill(prompt, blocks[: -(-len(prompt) // served.scale.block_tokens)])]
     for position in range(len(prompt), len(prompt) + count - 1):
         tokens.append(decoder.step(tokens[-1], position, blocks))
     kv.release(blocks)
@@ -143,12 +143,12 @@ def decode(stage: Stage, weights: Weights, prompt: list[int], blocks: list[int],
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 30])
 def test_a_paged_cache_decodes_as_none_does_wherever_its_blocks_are(
-    stage: Stage, text: Text, initial: torch.Tensor, length: int
+    served: Stage, text: Text, initial: torch.Tensor, length: int
 ) -> None:
-    weights = Weights(stage.scale.shape, initial)
+    weights = Weights(served.scale.shape, initial)
     prompt, count = text.prompt(length, length), 20
-    blocks = -(-(length + count) // stage.scale.block_tokens)
-    tokens = decode(stage, weights, prompt, list(range(blocks)), count)
-    assert tokens == decode(stage, weights, prompt, list(range(60, 60 - 7 * blocks, -7)), count)
+    blocks = -(-(length + count) // served.scale.block_tokens)
+    tokens = decode(served, weights, prompt, list(range(blocks)), count)
+    assert tokens == decode(served, weights, prompt, list(range(60, 60 - 7 * blocks, -7)), count)
     for known, token in enumerate(tokens):
         assert int(next_logits(weights, prompt + tokens[:known]).argmax()) == token

@@ -14,6 +14,7 @@ from torch_elastic_mem.demo.proofs import Verdict
 from torch_elastic_mem.demo.report import Report, make_report, statements
 from torch_elastic_mem.demo.sample import History, Sample
 from torch_elastic_mem.demo.server import Request
+from torch_elastic_mem.demo.side import ServingOutcome, TrainingOutcome
 from torch_elastic_mem.demo.timeline import draw_timeline
 from torch_elastic_mem.demo.view import LiveView, PlainView
 from torch_elastic_mem.snapshot import YieldRecord
@@ -61,30 +62,25 @@ def history(yields: int = 2) -> History:
 
 
 def outcome(yields: int = 2) -> Outcome:
-    return Outcome(
-        losses=[5.5, 4.5],
-        served=[Request(0, (1, 2), 3, [4, 5, 6])],
-        history=history(yields),
-        seconds=4.0,
-        abandoned=1,
-        spilled_bytes=0,
-        given_bytes=12 * MIB,
-        returned_bytes=11 * MIB,
-        preemptions=0,
-        compactions=0,
-        compacted_bytes=0,
+    given = TrainingOutcome([5.5, 4.5], abandoned=1, spilled_bytes=0, let_go=2 * MIB, regained=11 * MIB)
+    served = ServingOutcome(
+        [Request(0, (1, 2), 3, [4, 5, 6])], preemptions=0, compactions=0, compacted_bytes=0
     )
+    return Outcome(given, served, history(yields), seconds=4.0)
 
 
 def report_of(verdict: Verdict = HOLDS, yields: int = 2, leaked: int = 0) -> Report:
-    return make_report(outcome(yields), verdict, leaked, backend="host", device="cpu", timeline="t.png")
+    return make_report(
+        outcome(yields), verdict, leaked, processes=2, backend="host", device="cpu", timeline="t.png"
+    )
 
 
 def test_a_report_is_json_with_what_others_read() -> None:
     read = msgspec.json.decode(msgspec.json.encode(report_of()))
     assert read["ok"] is read["loss_equal"] is read["tokens_equal"] is True
-    assert (read["yields"], read["given_bytes"], read["returned_bytes"]) == (2, 12 * MIB, 11 * MIB)
+    assert (read["yields"], read["given_bytes"], read["returned_bytes"]) == (2, 14 * MIB, 11 * MIB)
     assert (read["leaked_bytes"], read["backend"], read["steps"], read["tokens"]) == (0, "host", 2, 3)
+    assert read["processes"] == 2
     assert read["yield_ms"] == [2.5, 2.5]
 
 

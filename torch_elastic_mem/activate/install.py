@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 from torch_elastic_mem.activate.settings import Settings
-from torch_elastic_mem.priority import priority
 
 
 def install() -> None:
@@ -27,7 +26,7 @@ def install() -> None:
 
     allocator = process_allocator(hooks=False)
     torch.cuda.memory.change_current_allocator(allocator)
-    limits = priority(settings.priority)
+    limits = settings.priority_class()
 
     def serve() -> None:
         for index in settings.indices(os.environ, torch.cuda.device_count()):

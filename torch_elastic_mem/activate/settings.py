@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch_elastic_mem.device import cuda_index
 from torch_elastic_mem.errors import InvalidArgument
-from torch_elastic_mem.priority import priority
+from torch_elastic_mem.priority import PriorityClass, priority
+from torch_elastic_mem.units import parse_bytes
 
 ENABLE = "TEM_ENABLE"
 PRIORITY = "TEM_PRIORITY"
 NAME = "TEM_NAME"
 DEVICE = "TEM_DEVICE"
+# Of the account's limits, by name.
+LIMITS = {name: f"TEM_{name.upper()}" for name in ("min", "low", "high", "max", "weight")}
 
 
 def enabled(environment: Mapping[str, str]) -> bool:
@@ -35,14 +39,17 @@ class Settings:
         priority: the name of its class.
         name: its name; empty: that of its class.
         devices: "cuda" or "cuda:N", each of which has such an account. Empty: the process's own device.
+        limits: as written, by their names, of `LIMITS`; the class's where there is none.
 
     Raises:
-        InvalidArgument: no such class, or the name of no CUDA device; the message names the variable.
+        InvalidArgument: no such class, the name of no CUDA device, or limits that cannot be; the message
+            names the variable.
     """
 
     priority: str = "training"
     name: str = ""
     devices: tuple[str, ...] = ()
+    limits: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for variable, check, values in (
@@ -54,6 +61,21 @@ class Settings:
                     check(value)
                 except InvalidArgument as error:
                     raise InvalidArgument(f"{variable}: {error}") from None
+        self.priority_class()
+
+    def priority_class(self) -> PriorityClass:
+        """The class, with the limits that are given put over its own."""
+        read: dict[str, Any] = {}
+        for limit, text in self.limits.items():
+            try:
+                read[limit] = _limit(limit, text)
+            except InvalidArgument as error:
+                raise InvalidArgument(f"{LIMITS[limit]}: {error}") from None
+        try:
+            return replace(priority(self.priority), **read)
+        except InvalidArgument as error:
+            given = ", ".join(f"{LIMITS[limit]}={text}" for limit, text in self.limits.items())
+            raise InvalidArgument(f"{given}: {error}") from None
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Settings:
@@ -63,6 +85,7 @@ class Settings:
             environment.get(PRIORITY) or "training",
             environment.get(NAME, ""),
             tuple(device.strip() for device in devices if device.strip()),
+            {limit: text for limit, variable in LIMITS.items() if (text := environment.get(variable))},
         )
 
     def variables(self) -> dict[str, str]:
@@ -72,7 +95,7 @@ class Settings:
             PRIORITY: self.priority,
             NAME: self.name,
             DEVICE: ",".join(self.devices),
-        }
+        } | {LIMITS[limit]: text for limit, text in self.limits.items()}
 
     def indices(self, environment: Mapping[str, str], visible: int) -> list[int]:
         """The devices to serve, by index.
@@ -89,3 +112,13 @@ class Settings:
         rank = environment.get("LOCAL_RANK", "")
         # Some launchers show each process nothing but its own device, which then is the first.
         return [int(rank) if rank.isdecimal() and int(rank) < visible else 0]
+
+
+def _limit(name: str, text: str) -> int | float | None:
+    """Reads a limit; "none" takes an upper one away that the class has."""
+    if name == "weight":
+        try:
+            return float(text)
+        except ValueError:
+            raise InvalidArgument(f"{text!r} is not a weight: give a number above 0, such as 2") from None
+    return None if text == "none" and name in ("high", "max") else parse_bytes(text)

@@ -13,7 +13,7 @@ from torch_elastic_mem.cli.broker import echo_json
 from torch_elastic_mem.cli.serve import serve
 
 # A broker's configuration is what its file, its environment and its options say.
-OPTIONS = [option for option in serve.params if option.name != "verbose"]
+OPTIONS = [option for option in serve.params if option.name not in ("idle_exit", "verbose")]
 
 
 @click.command(params=[*OPTIONS])

@@ -11,7 +11,7 @@ import torch_elastic_mem as tem
 
 # Each command is an attribute of that name in a module of that name, beside this one.
 COMMANDS = {
-    "demo": "Train and serve a small model from one arena, and prove that nothing was lost.",
+    "demo": "Train and serve a small model from the same memory, and prove that nothing was lost.",
     "run": "Run a program whose torch draws its CUDA memory from an account.",
     "serve": "Share the memory of this machine among its processes.",
     "top": "Show who holds which device's memory, live.",

@@ -23,6 +23,12 @@ import click
 )
 @click.option("--metrics", type=click.IntRange(1, 65535), metavar="PORT", help="Serve metrics at this port.")
 @click.option("--log", metavar="FILE", help="Write the log there, and not to the standard error.")
+@click.option(
+    "--idle-exit",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="End after having had no tenant for so long.",
+)
 @click.option("--verbose", is_flag=True, help="Log more.")
 def serve(
     config: Path | None,
@@ -31,6 +37,7 @@ def serve(
     reserve: tuple[str, ...],
     metrics: int | None,
     log: str | None,
+    idle_exit: float | None,
     verbose: bool,
 ) -> None:
     """Share the memory of this machine among its processes, until stopped.
@@ -39,7 +46,7 @@ def serve(
     """
     import asyncio
 
-    from torch_elastic_mem.broker import daemon
+    from torch_elastic_mem.broker import daemon, idle
     from torch_elastic_mem.broker.config import Config, merge, read_table
     from torch_elastic_mem.broker.control_server import control
     from torch_elastic_mem.broker.paths import default_directory
@@ -55,7 +62,9 @@ def serve(
 
     where = directory or default_directory(os.environ)
     try:
-        services = (control, metrics_service)
+        services: list[daemon.Service] = [control, metrics_service]
+        if idle_exit is not None:
+            services.append(idle.idle_exit(idle_exit))
         asyncio.run(daemon.run(read, where.absolute(), services=services, ready=ready, verbose=verbose))
     except OSError as error:
         raise TemError(f"cannot serve in {where}: {error}") from None

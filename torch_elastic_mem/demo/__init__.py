@@ -1,1 +1,1 @@
-"""`tem demo`: a small model that trains and serves from one arena, and the proof that neither can tell."""
+"""`tem demo`: a small model trains and serves from the same memory, with the proof that neither can tell."""

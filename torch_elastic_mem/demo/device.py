@@ -1,4 +1,4 @@
-"""Where the demo runs: the backend, torch's settings for equal bits, and the arena with its two accounts."""
+"""Where the demo runs: the backend, torch's settings for equal bits, and what is opened there."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from contextlib import contextmanager
 import torch
 
 import torch_elastic_mem as tem
+from torch_elastic_mem import _C
+from torch_elastic_mem.arena import LIBCUDA
 from torch_elastic_mem.demo.model import initial_weights
-from torch_elastic_mem.demo.phase import Stage
+from torch_elastic_mem.demo.pair import Setting
 from torch_elastic_mem.demo.scale import default_capacity, scale_for
+from torch_elastic_mem.demo.stage import Stage
 from torch_elastic_mem.demo.text import Text
+from torch_elastic_mem.device import device_of
 
 _SEED = 20
 _WARM = 256 << 20  # free bytes that a GPU's arena keeps ready to be mapped
@@ -55,49 +59,59 @@ def equal_bits(backend: str) -> Iterator[None]:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
 
 
-def open_stage(backend: str, capacity: int | None) -> Stage:
-    """Opens the arena and the accounts "training" and "serving", and draws the first weights.
+def measure(backend: str) -> tuple[str, int]:
+    """What a broker calls the device, and the bytes that are free there, which on the host nobody asks."""
+    kind, index = device_of(backend)
+    if kind == "host":
+        return "HOST", 0
+    device = _C.cuda_backend(index, LIBCUDA)
+    return device.uuid, device.memory_info()[0]
+
+
+def setting_for(backend: str, capacity: int | None, free: int, seconds: float) -> Setting:
+    """Chooses what suits a device with so many free bytes.
 
     Raises:
-        InvalidArgument: The capacity does not suit the demo, or torch has already allocated on the GPU.
+        InvalidArgument: The capacity does not suit the demo.
     """
-    host = backend == "host"
-    if not host and torch.cuda.is_initialized():
+    capacity = default_capacity(backend, free) if capacity is None else capacity
+    return Setting(backend, capacity, scale_for(backend, capacity), seconds)
+
+
+def open_arena(setting: Setting, broker: str | None = None) -> tem.Arena:
+    """Opens an arena that stands alone, or one under a broker.
+
+    Raises:
+        InvalidArgument: Torch has already allocated on the GPU.
+    """
+    if setting.backend != "host" and torch.cuda.is_initialized():
         raise tem.InvalidArgument(
             "the demo was asked to run on CUDA in a process whose torch already allocates there, and its "
             "allocator can no longer be changed: run `tem demo` as a process of its own"
         )
-    if host:
-        capacity = default_capacity(backend, 0) if capacity is None else capacity
-        scale = scale_for(backend, capacity)
-        arena = tem.Arena(backend, capacity=capacity)
-    else:
-        # Nothing else is to grow on the device, so all of the capacity may be leased.
-        arena = tem.Arena(backend, reserve=(0, _WARM))
-        try:
-            capacity = default_capacity(backend, arena.snapshot().free) if capacity is None else capacity
-            scale = scale_for(backend, capacity)
-            arena.set_capacity(capacity)
-        except BaseException:
-            arena.close()
-            raise
-    training = arena.account("training", "training")
-    serving = arena.account("serving", "serving")
-    if not host:
-        # Autograd runs backward on threads of its own, outside any scope: what they allocate is training's.
-        torch.cuda.memory.change_current_allocator(tem.torch_allocator(arena.device, training))
-    return Stage(arena, training, serving, scale, initial_weights(scale.shape, _SEED), Text())
+    # Nothing else is to grow on the device, so all of the capacity may be leased.
+    reserve = None if broker or setting.backend == "host" else (0, _WARM)
+    return tem.Arena(setting.backend, capacity=setting.capacity, reserve=reserve, broker=broker)
 
 
-def close_stage(stage: Stage) -> int:
-    """Closes the accounts and then the arena; returns the bytes that had not come back in between."""
-    if stage.arena.backend == "cuda":
-        torch.cuda.synchronize()
-        # Each thread's cuBLAS handle keeps a workspace from torch's allocator.
-        torch._C._cuda_clearCublasWorkspaces()
-    stage.serving.close()
-    stage.training.close()
-    stage.arena.collect()
-    left = stage.arena.snapshot()
-    stage.arena.close()
+def open_stage(arena: tem.Arena, name: str, setting: Setting) -> Stage:
+    """Opens an account of the class that it is named after, and draws the first weights."""
+    account = arena.account(name, name)
+    return Stage(arena, account, setting.scale, initial_weights(setting.scale.shape, _SEED), Text())
+
+
+def give_torch(account: tem.Account) -> None:
+    """On a GPU, charges to an account what torch allocates outside of any scope.
+
+    Autograd runs backward on threads of its own, which have none.
+    """
+    if account.device.backend == "cuda":
+        torch.cuda.memory.change_current_allocator(tem.torch_allocator(account.device.name, account))
+
+
+def close_arena(arena: tem.Arena) -> int:
+    """Closes an arena without accounts; returns the bytes that had not come back."""
+    arena.collect()
+    left = arena.snapshot()
+    arena.close()
     return left.leased + left.limbo + left.created - left.spare

@@ -21,6 +21,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         given_bytes: What it gave so, and what it let go when it was denied memory that serving had.
         returned_bytes: What of it training got back.
         leaked_bytes: What was still leased or mapped when both accounts were closed.
+        processes: How many the tenants ran in.
     """
 
     ok: bool
@@ -35,6 +36,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     given_bytes: int
     returned_bytes: int
     leaked_bytes: int
+    processes: int
     backend: str
     device: str
     capacity: int
@@ -58,12 +60,20 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_report(
-    outcome: Outcome, verdict: Verdict, leaked_bytes: int, *, backend: str, device: str, timeline: str
+    outcome: Outcome,
+    verdict: Verdict,
+    leaked_bytes: int,
+    *,
+    processes: int,
+    backend: str,
+    device: str,
+    timeline: str,
 ) -> Report:
     """Puts what was found together."""
+    training, serving = outcome.training, outcome.serving
     samples = outcome.history.samples
     lasted = sorted(record.duration_ns / 1e6 for record in outcome.history.yields)
-    tokens = sum(len(request.produced) for request in outcome.served)
+    tokens = sum(len(request.produced) for request in serving.served)
     proved = verdict.loss_equal and verdict.tokens_equal and verdict.uncached_equal
     return Report(
         ok=proved and leaked_bytes == 0 and bool(lasted),
@@ -78,23 +88,24 @@ def make_report(
         given_bytes=outcome.given_bytes,
         returned_bytes=outcome.returned_bytes,
         leaked_bytes=leaked_bytes,
+        processes=processes,
         backend=backend,
         device=device,
         capacity=outcome.history.capacity,
         seconds=outcome.seconds,
-        steps=len(outcome.losses),
-        steps_per_second=len(outcome.losses) / outcome.seconds,
-        first_loss=outcome.losses[0] if outcome.losses else None,
-        last_loss=outcome.losses[-1] if outcome.losses else None,
-        micro_batches_redone=outcome.abandoned,
-        spilled_bytes=outcome.spilled_bytes,
-        requests=len(outcome.served),
+        steps=len(training.losses),
+        steps_per_second=len(training.losses) / outcome.seconds,
+        first_loss=training.losses[0] if training.losses else None,
+        last_loss=training.losses[-1] if training.losses else None,
+        micro_batches_redone=training.abandoned,
+        spilled_bytes=training.spilled_bytes,
+        requests=len(serving.served),
         tokens=tokens,
         tokens_per_second=tokens / outcome.seconds,
         tokens_per_second_peak=max((sample.tokens_per_second for sample in samples), default=0.0),
-        preemptions=outcome.preemptions,
-        compactions=outcome.compactions,
-        compacted_bytes=outcome.compacted_bytes,
+        preemptions=serving.preemptions,
+        compactions=serving.compactions,
+        compacted_bytes=serving.compacted_bytes,
         training_bytes_peak=max((sample.training for sample in samples), default=0),
         serving_bytes_peak=max((sample.serving for sample in samples), default=0),
         timeline=timeline,

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, field
 
 import torch_elastic_mem as tem
-from torch_elastic_mem.demo.server import Server
-from torch_elastic_mem.demo.tenant import TrainingTenant
+from torch_elastic_mem.demo.pool import Pool
+from torch_elastic_mem.demo.side import Serving, Training
 
 _RATE_SECONDS = 2.0
 
@@ -64,44 +64,39 @@ class History:
 class Recorder:
     """Takes the samples of a history. Calls come from one thread."""
 
-    def __init__(self, arena: tem.Arena, tenant: TrainingTenant, server: Server) -> None:
-        self._arena = arena
-        self._tenant = tenant
-        self._server = server
-        self._seen = max((record.seq for record in arena.yields()), default=0)
-        self.history = History(arena.capacity, time.monotonic_ns())
+    def __init__(self, pool: Pool, training: Training, serving: Serving) -> None:
+        self._pool = pool
+        self._training = training
+        self._serving = serving
+        self.history = History(pool.capacity, time.monotonic_ns())
 
     def take(self) -> Sample:
-        snapshot = self._arena.snapshot()
-        accounts = {account.name: account for account in snapshot.accounts}
-        training, serving = accounts["training"], accounts["serving"]
+        training, serving, shares = self._training.moment(), self._serving.moment(), self._pool.shares()
         samples = self.history.samples
-        at, steps, tokens = self.history.seconds(), len(self._tenant.losses), self._server.tokens
-        progress = self._tenant.progress
+        at = self.history.seconds()
         before = next((old for old in reversed(samples) if at - old.at >= _RATE_SECONDS), None)
         spent = at - before.at if before else max(at, 1e-9)
         sample = Sample(
             at=at,
-            training=training.held,
-            training_idle=training.idle,
-            serving=serving.held,
-            serving_idle=serving.idle,
-            free=snapshot.free,
-            state=self._tenant.state,
-            steps=steps,
-            progress=progress,
-            loss=self._tenant.losses[-1] if steps else None,
-            tokens=tokens,
-            running=self._server.running,
-            waiting=self._server.waiting,
-            abandoned=self._tenant.abandoned,
-            steps_per_second=(progress - (before.progress if before else 0)) / spent,
-            tokens_per_second=(tokens - (before.tokens if before else 0)) / spent,
+            training=shares.training,
+            # The moments are not of quite the same time.
+            training_idle=max(0, shares.training - training.used),
+            serving=shares.serving,
+            serving_idle=max(0, shares.serving - serving.used),
+            free=shares.free,
+            state=training.state,
+            steps=training.steps,
+            progress=training.progress,
+            loss=training.loss,
+            tokens=serving.tokens,
+            running=serving.running,
+            waiting=serving.waiting,
+            abandoned=training.abandoned,
+            steps_per_second=(training.progress - (before.progress if before else 0)) / spent,
+            tokens_per_second=(serving.tokens - (before.tokens if before else 0)) / spent,
         )
         samples.append(sample)
-        for record in self._arena.yields(since=self._seen):
-            if record.seq > self._seen:
-                self._seen = record.seq
-                if record.victim == "training" and record.given:
-                    self.history.yields.append(record)
+        self.history.yields.extend(
+            record for record in self._pool.yields() if record.victim == "training" and record.given
+        )
         return sample

@@ -34,7 +34,7 @@ def draw_timeline(history: History, device: str, path: Path) -> None:
     serving.set_xlabel("seconds")
     serving.set_xlim(0, samples[-1].at if samples else 1)
     figure.suptitle(
-        f"One arena, two tenants ({device}): training yields to bursts, and takes its memory back"
+        f"One memory, two tenants ({device}): training yields to bursts, and takes its memory back"
     )
     figure.savefig(path, dpi=110)
 

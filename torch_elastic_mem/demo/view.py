@@ -14,7 +14,7 @@ from rich.text import Text
 
 from torch_elastic_mem.demo.sample import History, Sample
 from torch_elastic_mem.demo.scale import Scale
-from torch_elastic_mem.demo.worker import Task
+from torch_elastic_mem.demo.worker import Progress
 from torch_elastic_mem.units import format_bytes
 
 _LATEST_YIELDS = 5
@@ -32,13 +32,16 @@ _STYLES = {
 class View(Protocol):
     """Shown from one thread; closed once."""
 
+    def opening(self, what: str) -> None:
+        """Says what is being started."""
+
     def begin(self, scale: Scale, device: str) -> None:
         """Says what is about to run."""
 
     def elastic(self, history: History, sample: Sample) -> None:
         """Shows a moment of the elastic phase."""
 
-    def proofs(self, tasks: list[Task]) -> None:
+    def proofs(self, tasks: list[Progress]) -> None:
         """Shows how far the proofs are."""
 
     def close(self) -> None:
@@ -63,13 +66,16 @@ class _Pace:
 class SilentView:
     """Shows nothing."""
 
+    def opening(self, what: str) -> None:
+        pass
+
     def begin(self, scale: Scale, device: str) -> None:
         pass
 
     def elastic(self, history: History, sample: Sample) -> None:
         pass
 
-    def proofs(self, tasks: list[Task]) -> None:
+    def proofs(self, tasks: list[Progress]) -> None:
         pass
 
     def close(self) -> None:
@@ -82,6 +88,9 @@ class PlainView:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._pace = _Pace(_LINE_SECONDS)
+
+    def opening(self, what: str) -> None:
+        self._console.print(f"starting {what}")
 
     def begin(self, scale: Scale, device: str) -> None:
         self._console.print(_plan(scale, device))
@@ -97,7 +106,7 @@ class PlainView:
                 f"{sample.running} running, {sample.waiting} waiting | {len(history.yields)} yields{last}"
             )
 
-    def proofs(self, tasks: list[Task]) -> None:
+    def proofs(self, tasks: list[Progress]) -> None:
         if self._pace.due():
             self._console.print(
                 "proof: " + ", ".join(f"{task.label} {task.done}/{task.total}" for task in tasks)
@@ -115,8 +124,11 @@ class LiveView:
         self._live = Live(console=console, refresh_per_second=_REFRESH, auto_refresh=False)
         self._pace = _Pace(1 / _REFRESH)
         self._phase: RenderableType = ""
-        self._tasks: list[Task] = []
+        self._tasks: list[Progress] = []
         self._live.start()
+
+    def opening(self, what: str) -> None:
+        self._live.console.print(f"starting {what}")
 
     def begin(self, scale: Scale, device: str) -> None:
         self._live.console.print(_plan(scale, device))
@@ -136,12 +148,12 @@ class LiveView:
                     "",
                     ProgressBar(self._seconds, at, width=width),
                 ),
-                title=f"one arena, two tenants   {at:.0f} s of {self._seconds:g} s",
+                title=f"one memory, two tenants   {at:.0f} s of {self._seconds:g} s",
                 padding=(1, 2),
             )
             self._live.update(self._phase, refresh=True)
 
-    def proofs(self, tasks: list[Task]) -> None:
+    def proofs(self, tasks: list[Progress]) -> None:
         self._tasks = tasks
         if self._pace.due():
             self._draw_tasks()

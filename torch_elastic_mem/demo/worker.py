@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Generic, TypeVar
 
+import msgspec
 import torch
 
 _Result = TypeVar("_Result")
@@ -39,6 +40,14 @@ class Worker(threading.Thread, Generic[_Result]):
         return self._result  # type: ignore[return-value]
 
 
+class Progress(msgspec.Struct, frozen=True):
+    """How far one piece of work had come."""
+
+    label: str
+    done: int
+    total: int
+
+
 class Task:
     """How far one piece of work has come; written by one thread, read by another.
 
@@ -59,6 +68,10 @@ class Task:
     def done(self) -> int:
         """Items dealt with."""
         return self._dealt_with + len(self._items)
+
+    def progress(self) -> Progress:
+        """How far it is now."""
+        return Progress(self.label, self.done, self.total)
 
     def follow(self, items: Sized) -> None:
         """Takes the length of a growing list for the number of items dealt with."""
