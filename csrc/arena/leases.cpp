@@ -90,6 +90,7 @@ Grant Arena::acquire_leased(Lock& lock, AccountId id, size_t bytes, Deadline dea
   for (;;) {
     require_open();
     if (group == nullptr && ledger_.grant(id, bytes)) return Grant(shared_from_this(), id, bytes);
+    const size_t lease = ledger_.at(id).lease;
     const LeaseAnswer answer = ask(Rung::kPause);
     if (answer.taken) return Grant(shared_from_this(), id, bytes);
     // Another thread may have brought more than it needs, or have taken what was meant for this one.
@@ -97,8 +98,12 @@ Grant Arena::acquire_leased(Lock& lock, AccountId id, size_t bytes, Deadline dea
     const Holding& account = ledger_.at(id);
     const size_t most = std::min(account.limits.max, ledger_.capacity());
     if (most < bytes || most - bytes < account.held) refuse(id, bytes, "its max is " + format_bytes(most));
-    if (!answer.why.empty()) refuse(id, bytes, answer.why);
-    if (Clock::now() >= deadline) refuse(id, bytes, "other threads took what was granted for it");
+    // A denial while other threads were granted more than they need, or gave some back, says nothing of what
+    // there is now.
+    const bool late = Clock::now() >= deadline;
+    const bool stale = group == nullptr && !late && account.lease != lease;
+    if (!answer.why.empty() && !stale) refuse(id, bytes, answer.why);
+    if (late) refuse(id, bytes, "other threads took what was granted for it");
   }
 }
 

@@ -147,6 +147,27 @@ def test_two_threads_that_grow_at_once_get_a_lease_each(opened: Opened, broker: 
     assert account.held == 64 * MiB == broker.charged[number]
 
 
+def test_a_denial_that_another_threads_grant_has_overtaken_is_not_the_last_word(
+    opened: Opened, broker: Scripted
+) -> None:
+    broker.policy = lambda demand: None
+    account, number = opened()
+    ranges = [account.range("8MiB") for _ in range(2)]
+    threads = [threading.Thread(target=memory.grow, args=("8MiB",)) for memory in ranges]
+    for thread in threads:
+        thread.start()
+    broker.await_count(Demand, 2)
+    first, second = (request for request, message in broker.log if isinstance(message, Demand))
+    broker.policy = broker.grant_what_is_free
+    broker.charged[number] += 10 * MiB
+    broker.send(first, Grant(number, 10 * MiB))
+    broker.send(second, Denied(OUT_OF_MEMORY, "6 MiB are free"))
+    for thread in threads:
+        thread.join(10)
+    assert account.held == 16 * MiB
+    assert broker.got(Demand)[-1].bytes == 6 * MiB
+
+
 def test_a_broker_that_does_not_answer_is_given_up_on(opened: Opened, broker: Scripted) -> None:
     broker.policy = lambda demand: None
     account, number = opened()
