@@ -46,6 +46,7 @@ from torch_elastic_mem.broker.protocol import (
 from torch_elastic_mem.broker.queue import Queue
 from torch_elastic_mem.broker.rules import check_permitted, in_force
 from torch_elastic_mem.broker.session import Letter, Process, Session
+from torch_elastic_mem.broker.shares import Shares
 from torch_elastic_mem.broker.state import DeviceState
 from torch_elastic_mem.errors import AdmissionError, InUseError, InvalidArgument, TemError
 from torch_elastic_mem.units import format_bytes
@@ -80,6 +81,7 @@ class Books:
         self.grace = grace
         self.stale = False
         self.accounts = Accounts(device.limit, *reserve)
+        self.shares = Shares(self.accounts)
         self._post = post
         self._journal = journal
         self._groups = groups
@@ -374,6 +376,7 @@ class Books:
                 each.state(now, waiting[each.id], self._asks.unanswered(each), self._asks.owed(each))
                 for each in holders
             ],
+            shared=self.shares.states(),
         )
 
     # Members of groups.

@@ -42,6 +42,7 @@ def serve(
     from torch_elastic_mem.broker import daemon
     from torch_elastic_mem.broker.config import Config, merge, read_table
     from torch_elastic_mem.broker.paths import default_directory
+    from torch_elastic_mem.broker.shares_server import serve_shares
     from torch_elastic_mem.errors import TemError
 
     def read() -> Config:
@@ -53,6 +54,7 @@ def serve(
 
     where = directory or default_directory(os.environ)
     try:
-        asyncio.run(daemon.run(read, where.absolute(), ready=ready, verbose=verbose))
+        services = (serve_shares,)
+        asyncio.run(daemon.run(read, where.absolute(), services=services, ready=ready, verbose=verbose))
     except OSError as error:
         raise TemError(f"cannot serve in {where}: {error}") from None
