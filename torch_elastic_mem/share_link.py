@@ -1,7 +1,8 @@
-"""A member's connection to the broker that keeps what is shared. See docs/protocol.md, "The shares' socket"."""
+"""A member's connection to the broker that keeps what is shared. """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -75,15 +76,18 @@ class ShareLink:
         except OSError as error:
             self._socket.close()
             raise BrokerError(
-                f"no broker keeps shared memory at {path} ({error.strerror or error}): start one with `tem serve`, or "
-                f"say where it is by {paths.BROKER}"
+                f"no broker keeps shared memory at {path} ({error.strerror or error}): start one with "
+                f"`tem serve`, or say where it is by {paths.BROKER}"
             ) from None
 
     def publish(self, memory: _C.BlockRange, name: str, account: str, device: str, header: int) -> None:
         """Gives all extents of a range to the broker. This process is a member then.
 
         Args:
-            memory: fully held. name: of the share. account: whose the memory is. device: its UUID, or HOST.
+            memory: fully held.
+            name: of the share.
+            account: whose the memory is.
+            device: its UUID, or HOST.
             header: a descriptor.
 
         Raises:
@@ -141,10 +145,9 @@ class ShareLink:
 
     def leave(self) -> None:
         """Ends the membership: nothing is mapped."""
-        try:
+        # A broker that is gone keeps nothing.
+        with contextlib.suppress(OSError):
             self._socket.send(encode(Leave()))
-        except OSError:
-            pass  # a broker that is gone keeps nothing
         self._socket.close()
 
     def _begin(self) -> None:

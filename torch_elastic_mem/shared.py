@@ -38,16 +38,16 @@ _LAST_FENCE = 5.0
 class SharedWeights(Mapping[str, torch.Tensor]):
     """Tensors by name, in memory that other processes have mapped too. Made by `share` and `attach`.
 
-    A write to one is an error of this process alone, and never seen by others: on the host backend a SIGSEGV, on
-    CUDA an illegal address; see `read_only`. Tensors that outlive `close` keep the memory mapped, and this process
-    a member. In a child of fork() they must not be touched.
+    A write to one is an error of this process alone, and never seen by others: on the host backend a SIGSEGV,
+    on CUDA an illegal address; see `read_only`. Tensors that outlive `close` keep the memory mapped, and this
+    process a member. In a child of fork() they must not be touched.
 
     Attributes:
         name: by which others attach.
         device: as torch names it.
         nbytes: of memory, the alignment included.
-        read_only: the device refuses writes. False where the driver knows no read-only mappings: a write is then a
-            write to everybody's weights.
+        read_only: the device refuses writes. False where the driver knows no read-only mappings: a write is
+            then a write to everybody's weights.
         tensors: contiguous, without copies; names that were one tensor are one. Empty when closed.
     """
 
@@ -84,7 +84,10 @@ class SharedWeights(Mapping[str, torch.Tensor]):
         self.close()
 
     def close(self) -> None:
-        """Lets the tensors go. Harmless the second time. When the last of them is gone, the process has left."""
+        """Lets the tensors go. Harmless the second time.
+
+        When the last of them is gone, and what was queued on the device, the process has left.
+        """
         self.tensors = {}
 
 
@@ -97,13 +100,13 @@ def share(
 ) -> SharedWeights:
     """Puts weights where processes of this user can attach to them, and attaches to them.
 
-    The memory is charged once, to an account "share NAME" on the broker, and is never reclaimed: it is free when
-    the last member has closed it or ended, whichever that is. A broker that ends takes no memory from members, but
-    nobody can attach any more: share them again.
+    The memory is charged once, to an account "share NAME" on the broker, and is never reclaimed: it is free
+    when the last member has closed it or ended, whichever that is. A broker that ends takes no memory from
+    members, but nobody can attach any more: share them again.
 
     Args:
-        weights: tensors by name, as of `state_dict()`, or the path of a file of safetensors, which is read without
-            being held in host memory.
+        weights: tensors by name, as of `state_dict()`, or the path of a file of safetensors, which is read
+            without being held in host memory.
         name: unique on the device, 1 to 48 bytes.
         arena: gets the memory; one that a broker serves. It may be closed afterwards.
         priority: of the demand for it: who has to yield.

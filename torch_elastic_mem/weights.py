@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -75,7 +76,7 @@ class Slot(msgspec.Struct, frozen=True):
 
 
 class Header(msgspec.Struct, frozen=True):
-    """What members are told of a share, beside its memory: the sizes of its extents, and its tensors by name."""
+    """What members are told of a share: the sizes of its extents, and its tensors by name."""
 
     extents: list[int]
     tensors: dict[str, Slot]
@@ -175,24 +176,24 @@ class SafetensorsFile:
                 file.seek(stored.start)
                 at, end = self.slots[name].offset, self.slots[name].offset + stored.nbytes
                 while at < end:
-                    count = file.readinto(memoryview(buffer)[: min(_CHUNK, end - at)])  # type: ignore[attr-defined]
+                    count = file.readinto(memoryview(buffer)[: min(_CHUNK, end - at)])
                     if not count:
                         raise ValueError("it has become shorter")
                     region[at : at + count].copy_(chunk[:count])
                     at += count
 
     @contextmanager
-    def _readable(self) -> Iterator[BinaryIO]:
+    def _readable(self) -> Iterator[FileIO]:
         try:
             with open(self._path, "rb", buffering=0) as file:
-                yield file  # type: ignore[misc]  # read and readinto are all that is asked of it
+                yield file
         except InvalidArgument:
             raise
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidArgument(f"{self._path} is no file of safetensors: {error}") from None
 
     @staticmethod
-    def _header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
+    def _header(file: FileIO) -> tuple[int, dict[str, Any]]:
         """Where the data begins, and the entries by name."""
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= _LONGEST_HEADER:
@@ -210,6 +211,6 @@ def _check(name: object, tensor: object) -> None:
     plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
     if not plain or type(tensor.detach()) not in (torch.Tensor, torch.nn.Parameter):
         raise InvalidArgument(
-            f"'{name}' is a {type(tensor).__name__} of {tensor.layout} on {tensor.device}; only plain tensors with "
-            f"memory of their own can be shared"
+            f"'{name}' is a {type(tensor).__name__} of {tensor.layout} on {tensor.device}; only plain "
+            f"tensors with memory of their own can be shared"
         )

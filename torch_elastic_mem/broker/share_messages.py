@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from torch_elastic_mem.errors import BrokerError, InUseError, InvalidArgument, TemError
 
 MAX_MESSAGE = 4096
-# A message takes at most 253 descriptors (SCM_MAX_FD), and the kernel bounds those of a user that are on their way by
-# how many files a process may open.
+# A message takes at most 253 descriptors (SCM_MAX_FD), and the kernel bounds those of a user that are on
+# their way by how many files a process may open.
 BATCH = 128
+
+_Count = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+_Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 # Kinds of refusals on the wire, the most special first.
 KINDS: tuple[tuple[str, type[TemError]], ...] = (
@@ -35,8 +40,8 @@ class Publish(Request, frozen=True):
     device: str
     account: str
     process: str
-    bytes: int
-    extents: int
+    bytes: _Count
+    extents: _Count
 
 
 class Extents(Request, frozen=True):
@@ -58,7 +63,7 @@ class Attach(Request, frozen=True):
 class Fetch(Request, frozen=True):
     """Asks for descriptors of the extents from number `first` on."""
 
-    first: int
+    first: _Number
 
 
 class Leave(Request, frozen=True):

@@ -1,8 +1,9 @@
 """Who shares what of one device. Pure: descriptors and connections are the server's.
 
-A share is charged once. Its bytes are leased to an account of its publisher, which gives them back by the tenants'
-socket like any others; while the share lives, what is given back goes to an account of the share's own (its heir), in
-the same step of the ledger. So publisher and heir together hold the size, whoever dies when, until the last leaves.
+A share is charged once. Its bytes are leased to an account of its publisher, which gives them back by the
+tenants' socket like any others; while the share lives, what is given back goes to an account of the share's
+own (its heir), in the same step. So publisher and heir together hold the size, whoever dies when, until the last
+member has left.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ class Shares:
             )
         if (taken := self._shares.get(name)) is not None:
             raise InUseError(
-                f"'{name}' is shared already, {format_bytes(taken.bytes)} by {_who(taken)}; attach to it, or take "
-                f"another name"
+                f"'{name}' is shared already, {format_bytes(taken.bytes)} by {_who(taken)}; attach to it, or "
+                f"take another name"
             )
         if publisher.id in self._accounts.heirs:
             raise InUseError(f"account '{publisher.title}' has a share already; open one for each")
@@ -123,8 +124,8 @@ class Shares:
         if share is None:
             known = ", ".join(f"'{each.name}'" for each in self if each.uid == uid) or "none"
             raise InvalidArgument(
-                f"nobody shares '{name}' here; user {uid} has {known}; share it first (after a restart of the "
-                f"broker too)"
+                f"nobody shares '{name}' here; user {uid} has {known}; share it first, also after a restart "
+                f"of the broker"
             )
         if share.uid != uid:
             raise NotPermitted(

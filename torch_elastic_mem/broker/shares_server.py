@@ -1,8 +1,6 @@
-"""The shares' socket: descriptors of memory, kept for the processes that have it mapped.
+"""The shares socket: processes that share memory, and those that have it mapped.
 
 Facts:
-    - A descriptor of an allocation keeps its memory, whoever made it. So what is shared outlives its publisher, and
-      is freed when the last member has gone and the descriptors here are closed.
     - Descriptors that find no room in the receiver's table are dropped, and MSG_CTRUNC says so.
     - The socket of a process that has ended may be open in a child; its pidfd tells.
 
@@ -17,7 +15,6 @@ import errno
 import fcntl
 import logging
 import os
-import resource
 import socket
 import struct
 import termios
@@ -26,12 +23,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from torch_elastic_mem.broker.books import Books
 from torch_elastic_mem.broker.broker import Broker
 from torch_elastic_mem.broker.daemon import Running, listen
-from torch_elastic_mem.broker.holder import Holder
 from torch_elastic_mem.broker.peers import credentials, identify, start_tick
 from torch_elastic_mem.broker.session import Process
+from torch_elastic_mem.broker.share_keeper import Membership, Publishing, ShareKeeper, close_all
 from torch_elastic_mem.broker.share_messages import (
     BATCH,
     MAX_MESSAGE,
@@ -45,7 +41,6 @@ from torch_elastic_mem.broker.share_messages import (
     encode,
     refusal,
 )
-from torch_elastic_mem.broker.shares import Member, Share
 from torch_elastic_mem.errors import BrokerError, InvalidArgument, TemError
 
 # Connections accepted before others have their turn, and the rest that is taken without descriptors.
@@ -57,35 +52,13 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class Kept:
-    """What the broker keeps of a share. Closed by `close`."""
-
-    header: int
-    extents: list[int] = field(default_factory=list)
-
-    def close(self) -> None:
-        """Gives the memory up, as far as it is the broker's."""
-        _close([self.header, *self.extents])
-
-
-@dataclass(slots=True, eq=False)
-class Publishing:
-    """A share whose extents are still coming."""
-
-    books: Books
-    publisher: Holder
-    wanted: Publish
-    kept: Kept
-
-
-@dataclass(slots=True, eq=False)
 class Seat:
     """A process that is connected, or a member. `descriptor` becomes readable when it ends."""
 
     process: Process
     descriptor: int
     connections: set[Connection] = field(default_factory=set)
-    memberships: list[tuple[Books, Share, Member]] = field(default_factory=list)
+    memberships: set[Membership] = field(default_factory=set)
 
 
 @dataclass(slots=True, eq=False)
@@ -95,11 +68,11 @@ class Connection:
     socket: socket.socket
     seat: Seat
     publishing: Publishing | None = None
-    joined: tuple[Books, Share, Member] | None = None
+    joined: Membership | None = None
 
 
 class SharesServer:
-    """Keeps the descriptors of shares and hands them to members.
+    """Takes the descriptors of shares in, and hands them to members.
 
     Not thread-safe: it lives in one asyncio loop, which must be running.
     """
@@ -111,8 +84,7 @@ class SharesServer:
         self._loop = asyncio.get_running_loop()
         self._seats: dict[tuple[int, int], Seat] = {}
         self._counts: dict[int, int] = {}
-        self._kept: dict[Share, Kept] = {}
-        self._promised = 0  # extents of all that is shared, or about to be
+        self._keeper = ShareKeeper(broker)
         listener.setblocking(False)
         self._loop.add_reader(listener, self._accept)
 
@@ -126,9 +98,7 @@ class SharesServer:
             self._loop.remove_reader(seat.descriptor)
             os.close(seat.descriptor)
         self._seats.clear()
-        for kept in self._kept.values():
-            kept.close()
-        self._kept.clear()
+        self._keeper.close()
 
     # Coming.
 
@@ -159,13 +129,17 @@ class SharesServer:
             most = self._broker.connections_of(uid)
             if self._counts.get(uid, 0) >= most:
                 raise BrokerError(
-                    f"user {uid} has {most} connections already, as many as it may; close some, or have the operator "
-                    f"allow more in a [[grant]]"
+                    f"user {uid} has {most} connections already, as many as it may; close some, or have the "
+                    f"operator allow more in a [[grant]]"
                 )
+            if sum(self._counts.values()) >= self._keeper.room:
+                raise BrokerError("too many processes are connected; have its limit raised (ulimit -n)")
             seat = self._seat(pid, uid)
         except (BrokerError, OSError) as error:
             with contextlib.suppress(OSError):
-                connected.send(encode(refusal(BrokerError(f"process {pid} is not served: {error}"))))
+                connected.send(
+                    encode(refusal(BrokerError(f"the broker does not serve process {pid} here: {error}")))
+                )
             connected.close()
             return
         connection = Connection(connected, seat)
@@ -206,100 +180,52 @@ class SharesServer:
             self._drop(connection)
             return
         finally:
-            _close(fds)
+            close_all(fds)
         if answer is not None:
             self._send(connection, answer, given)
 
     def _do(self, connection: Connection, request: object, fds: list[int]) -> tuple[Answer | None, list[int]]:
-        """Does what is asked, and takes out of `fds` what it keeps. Returns the answer and what goes with it."""
+        """Does what is asked, and takes out of `fds` what it keeps.
+
+        Returns:
+            The answer, and descriptors that go with it.
+        """
+        keeper, seat = self._keeper, connection.seat
         match request:
             case Publish() if len(fds) == 1 and _is_fresh(connection):
-                self._begin(connection, request, fds)
+                connection.publishing = keeper.begin(seat.process, request, fds)
                 return Answer(), []
             case Extents() if connection.publishing is not None and fds:
-                return Answer(extents=self._take(connection, connection.publishing, fds)), []
+                kept = connection.publishing.kept
+                joined = keeper.take(connection.publishing, seat.process, fds)
+                if joined is not None:
+                    connection.publishing = None
+                    self._join(connection, joined)
+                return Answer(extents=len(kept.extents)), []
             case Attach() if not fds and _is_fresh(connection):
-                return self._join(connection, request)
+                joined = keeper.attach(seat.process, request)
+                self._join(connection, joined)
+                kept = keeper.kept(joined)
+                return Answer(bytes=joined.share.bytes, extents=len(kept.extents)), [kept.header]
             case Fetch() if not fds and connection.joined is not None:
-                extents = self._kept[connection.joined[1]].extents
+                extents = keeper.kept(connection.joined).extents
                 if not 0 <= request.first < len(extents):
                     raise InvalidArgument(f"there is no extent {request.first}, but {len(extents)} of them")
                 part = extents[request.first : request.first + BATCH]
                 return Answer(given=len(part)), part
             case Leave() if not fds and connection.joined is not None:
-                membership = connection.joined
-                self._drop(connection)
-                self._leave(connection.seat, [membership])
+                self._detach(connection)
+                self._leave(seat, [connection.joined])
                 return None, []
             case _:
                 raise InvalidArgument(
                     f"{type(request).__name__.upper()} with {len(fds)} descriptors is not to be said here"
                 )
 
-    def _begin(self, connection: Connection, wanted: Publish, fds: list[int]) -> None:
-        books, publisher = self._account(connection.seat.process, wanted)
-        books.shares.check(wanted.name, connection.seat.process.uid, wanted.bytes, publisher)
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        # The other half is for tenants.
-        room = soft // 2 - self._promised
-        if not 0 < wanted.extents <= room:
-            raise BrokerError(
-                f"'{wanted.name}' has {wanted.extents} extents, a descriptor each, and the broker has room for {room} "
-                f"of its {soft}; have its limit raised (ulimit -n)"
-            )
-        self._promised += wanted.extents
-        connection.publishing = Publishing(books, publisher, wanted, Kept(fds.pop()))
-
-    def _account(self, process: Process, wanted: Publish) -> tuple[Books, Holder]:
-        books = self._broker.books.get(wanted.device)
-        for holder in books.accounts.holders.values() if books else ():
-            theirs = holder.session.process
-            if (theirs.pid, theirs.start, holder.name) == (process.pid, process.start, wanted.account):
-                assert books is not None
-                return books, holder
-        raise InvalidArgument(
-            f"process {process.pid} has no account '{wanted.account}' on device {wanted.device} of this broker; "
-            f"share from an arena that it serves"
-        )
-
-    def _take(self, connection: Connection, coming: Publishing, fds: list[int]) -> int:
-        extents, wanted = coming.kept.extents, coming.wanted
-        if len(fds) > wanted.extents - len(extents):
-            raise InvalidArgument(f"more extents came than '{wanted.name}' has, {wanted.extents}")
-        extents += fds
-        fds.clear()
-        if len(extents) == wanted.extents:
-            member = Member(connection.seat.process, wanted.process)
-            share = coming.books.shares.publish(wanted.name, wanted.bytes, coming.publisher, member)
-            self._kept[share] = coming.kept
-            connection.publishing = None
-            self._seated(connection, coming.books, share, member)
-        return len(extents)
-
-    def _join(self, connection: Connection, wanted: Attach) -> tuple[Answer, list[int]]:
-        books = self._broker.books.get(wanted.device)
-        member = Member(connection.seat.process, wanted.process)
-        elsewhere = [
-            device
-            for device, each in self._broker.books.items()
-            if each is not books and any(share.name == wanted.name for share in each.shares)
-        ]
-        known = books is not None and any(share.name == wanted.name for share in books.shares)
-        if elsewhere and not known:
-            raise InvalidArgument(
-                f"'{wanted.name}' is on device {', '.join(elsewhere)}, and was asked for on {wanted.device}; attach "
-                f"on the device that it is on"
-            )
-        if books is None:
-            raise InvalidArgument(f"nobody shares '{wanted.name}', or has any memory, on {wanted.device}")
-        share = books.shares.join(wanted.name, member)
-        kept = self._kept[share]
-        self._seated(connection, books, share, member)
-        return Answer(bytes=share.bytes, extents=len(kept.extents)), [kept.header]
-
-    def _seated(self, connection: Connection, books: Books, share: Share, member: Member) -> None:
-        connection.joined = books, share, member
-        connection.seat.memberships.append(connection.joined)
+    @staticmethod
+    def _join(connection: Connection, joined: Membership) -> None:
+        connection.joined = joined
+        connection.seat.memberships.add(joined)
 
     def _send(self, connection: Connection, answer: Answer, fds: list[int]) -> None:
         if connection.socket.fileno() < 0:
@@ -332,8 +258,7 @@ class SharesServer:
         if not self._counts[uid]:
             del self._counts[uid]
         if connection.publishing is not None:
-            self._promised -= connection.publishing.wanted.extents
-            connection.publishing.kept.close()
+            self._keeper.give_up(connection.publishing)
             connection.publishing = None
 
     def _drop(self, connection: Connection) -> None:
@@ -347,18 +272,10 @@ class SharesServer:
             self._detach(connection)
         self._leave(seat, list(seat.memberships))
 
-    def _leave(self, seat: Seat, memberships: Iterable[tuple[Books, Share, Member]]) -> None:
-        for membership in memberships:
-            books, share, member = membership
-            seat.memberships.remove(membership)
-            if share.members == [member]:
-                # The memory goes before it can be leased again.
-                kept = self._kept.pop(share)
-                self._promised -= len(kept.extents)
-                kept.close()
-            books.shares.leave(share, member)
+    def _leave(self, seat: Seat, memberships: Iterable[Membership]) -> None:
+        seat.memberships.difference_update(memberships)
         self._settle(seat)
-        self._broker.tick()
+        self._keeper.leave(memberships)
         self._moved()
 
     def _settle(self, seat: Seat) -> None:
@@ -398,8 +315,3 @@ def _request(data: bytes, flags: int) -> object:
         return decode_request(data)
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidArgument(f"not a message: {error}") from None
-
-
-def _close(descriptors: Iterable[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
