@@ -232,19 +232,24 @@ def test_a_crowd_is_turned_away_and_tenants_are_not(directory: Path, pipe: int) 
 def test_without_descriptors_who_sends_some_is_told(directory: Path, pipe: int) -> None:
     broker = Broker(directory, files=120)
     try:
-        with keeping(broker, pipe) as keeper, Raw(broker) as raw, contextlib.ExitStack() as stack:
-            assert len(shared(broker)) == 1
+        with (
+            keeping(broker, pipe) as keeper,
+            Tenant(Path(broker.path)) as tenant,
+            Raw(broker) as raw,
+            contextlib.ExitStack() as stack,
+        ):
+            tenant.get(tenant.open("other"), 2 * EXTENT)
+            raw.ask(publish("other", account="other"), [pipe])
             for _ in range(150):
                 stack.enter_context(Tenant(Path(broker.path), hello=False))
-            until(lambda: broker.descriptors() == 120)
-            waiting = stack.enter_context(Raw(broker))
-            assert "may open no more files" in raw.ask(publish(name="other"), [pipe])["error"]
+            until(lambda: broker.descriptors() >= 119)
+            assert "may open no more files" in raw.ask({"op": "extents"}, [pipe] * 2)["error"]
             assert keeper.ask({"op": "fetch", "first": 0})["fds"] == 2
-            waiting.send({"op": "attach", "name": "x", "device": "HOST", "process": "t"})
             assert len(shared(broker)) == 1
+        until(lambda: broker.descriptors() < 60)
         with Raw(broker) as late:
-            late.send({"op": "attach", "name": "x", "device": "HOST", "process": "t"})
-            assert "nobody shares 'x'" in late.answer()["error"]
+            answer = late.ask({"op": "attach", "name": "x", "device": "HOST", "process": "t"})
+            assert "nobody shares 'x'" in answer["error"]
     finally:
         broker.end()
 
