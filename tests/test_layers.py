@@ -21,7 +21,8 @@ PYTHON_LAYERS = (
     ("cpu_allocator",),
     ("account",),
     ("arena", "elastic_kv", "torch_hooks"),
-    ("block_pool", "defaults"),
+    ("share_link", "weights"),
+    ("block_pool", "defaults", "shared"),
     ("torch_cuda",),
     ("__init__",),
     ("observe",),
@@ -35,6 +36,7 @@ NEVER_AT_IMPORT = {
     "activate": {"torch", "torch_elastic_mem._C", "torch_elastic_mem.torch_cuda"},
     "arena": {"torch", "rich", "matplotlib"},
     "elastic_range": {"torch"},
+    "share_link": {"torch"},
     "broker": {"torch", "rich", "matplotlib"},
     "cli": {
         "torch",

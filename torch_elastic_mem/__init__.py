@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from torch_elastic_mem.block_pool import BlockPool, Compaction
     from torch_elastic_mem.defaults import default_arena
     from torch_elastic_mem.elastic_kv import ElasticKVTensor
+    from torch_elastic_mem.shared import SharedWeights, attach, share
     from torch_elastic_mem.snapshot import AccountSnapshot, Snapshot, YieldRecord
     from torch_elastic_mem.torch_cuda import TorchAllocator, torch_allocator
     from torch_elastic_mem.torch_hooks import is_out_of_memory
@@ -57,11 +58,14 @@ _LAZY = {
     "ElasticKVTensor": "elastic_kv",
     "Group": "account",
     "Reservation": "account",
+    "SharedWeights": "shared",
     "Snapshot": "snapshot",
     "TorchAllocator": "torch_cuda",
     "YieldRecord": "snapshot",
+    "attach": "shared",
     "default_arena": "defaults",
     "is_out_of_memory": "torch_hooks",
+    "share": "shared",
     "torch_allocator": "torch_cuda",
 }
 
@@ -86,15 +90,18 @@ __all__ = [
     "OutOfMemory",
     "PriorityClass",
     "Reservation",
+    "SharedWeights",
     "Snapshot",
     "TemError",
     "TorchAllocator",
     "YieldRecord",
+    "attach",
     "default_arena",
     "format_bytes",
     "is_out_of_memory",
     "parse_bytes",
     "priority",
+    "share",
     "torch_allocator",
 ]
 

@@ -162,7 +162,9 @@ class Arena : public std::enable_shared_from_this<Arena> {
   void visit_leases(const std::function<void(AccountId id, size_t lease)>& visit);
 
   /// A descriptor of a mapped extent, for another process.
-  Fd export_fd(const Lock&, const Place& place) const { return mapper_.export_fd(place); }
+  Fd export_fd(const Lock&, const Place& place, Access access = Access::kReadWrite) {
+    return mapper_.export_fd(place, access);
+  }
 
   /// Lets another device of this process reach all that is mapped here, now and later. False if it could
   /// already. Error{kDriver} if it cannot; what the error left out is tried again by the next call.

@@ -13,12 +13,14 @@ Extent::Extent(Device& device, size_t bytes)
 
 Extent::Extent(Extent&& other) noexcept
     : writer(other.writer),
+      exported(other.exported),
       device_(other.device_),
       handle_(other.handle_),
       bytes_(std::exchange(other.bytes_, 0)) {}
 
 Extent& Extent::operator=(Extent&& other) noexcept {
   std::swap(writer, other.writer);
+  std::swap(exported, other.exported);
   std::swap(device_, other.device_);
   std::swap(handle_, other.handle_);
   std::swap(bytes_, other.bytes_);

@@ -40,6 +40,8 @@ class Extent {
 
   /// The account that wrote to it last; kNobody for memory fresh from the device, which reads as zeros.
   AccountId writer = kNobody;
+  /// Another process may have it mapped, for all that is known here.
+  bool exported = false;
 
   /// Gives the memory back and reports what a destructor could not.
   void release();
@@ -84,6 +86,14 @@ class Mapping {
   Handle handle() const { return extent_.handle(); }
   AccountId writer() const { return extent_.writer; }
   void set_writer(AccountId account) { extent_.writer = account; }
+
+  /// A descriptor of the extent. What was ever exported is released when it is unmapped, and never used
+  /// again: another process may still read it.
+  Fd export_fd(Access access) {
+    Fd fd = device_->backend->export_fd(extent_.handle(), access);
+    extent_.exported = true;
+    return fd;
+  }
 
   /// Unmaps and hands the extent out. A refusal leaves it mapped.
   Extent unmap();

@@ -26,8 +26,8 @@ void Imported::add(const Fd& fd, size_t bytes) {
   backend.release(handle);  // the mapping keeps the memory
 }
 
-void Imported::allow() {
-  if (mapped_ != 0) device_->backend->allow(base(), mapped_);
+void Imported::allow(Access access) {
+  if (mapped_ != 0) device_->backend->allow(base(), mapped_, access);
 }
 
 }  // namespace tem

@@ -24,7 +24,7 @@ class Imported {
   /// Maps the memory behind a descriptor beside what is mapped already. After an error it is not.
   void add(const Fd& fd, size_t bytes);
   /// Opens all that is mapped to the device and its peers.
-  void allow();
+  void allow(Access access = Access::kReadWrite);
 
  private:
   const std::shared_ptr<Device> device_;

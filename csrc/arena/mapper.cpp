@@ -127,7 +127,7 @@ void Mapper::unmap(const std::vector<Place>& places) {
   }
   for (size_t i = 0; i < places.size(); ++i) {
     places[i].range->mappings_.erase(places[i].piece.offset);
-    spare_.put(std::move(out[i]));
+    if (!out[i].exported) spare_.put(std::move(out[i]));
   }
 }
 

@@ -27,12 +27,13 @@ class Mapper {
   /// spares.
   void map(const std::vector<Place>& places, WriterId writer, Stream stream);
 
-  /// Unmaps the extents at `places` into the spares. If any call fails, all of them are mapped as before.
+  /// Unmaps the extents at `places` into the spares; exported ones are released. If any call fails, all of
+  /// them are mapped as before.
   void unmap(const std::vector<Place>& places);
 
   /// A descriptor of the extent that is mapped at a place.
-  Fd export_fd(const Place& place) const {
-    return device_.backend->export_fd(place.range->mappings_.at(place.piece.offset).handle());
+  Fd export_fd(const Place& place, Access access) {
+    return place.range->mappings_.at(place.piece.offset).export_fd(access);
   }
 
   /// Opens all that is mapped in a range to the device and its peers, anew.

@@ -100,7 +100,7 @@ Refusal AddressTable::check_map(Address at, size_t bytes, size_t offset, Handle 
 }
 
 void AddressTable::map(Address at, size_t bytes, Handle handle) {
-  mappings_.emplace(at, Mapping{bytes, handle, false});
+  mappings_.emplace(at, Mapping{bytes, handle, Access::kNone});
   ++allocations_.at(handle).mappings;
 }
 
@@ -138,18 +138,21 @@ std::vector<Allocation> AddressTable::unmap(Address at, size_t bytes) {
   return freed;
 }
 
-void AddressTable::set_allowed(Address at, size_t bytes, bool allowed) {
+void AddressTable::set_access(Address at, size_t bytes, Access access) {
   const auto last = mappings_.lower_bound(at + bytes);
-  for (auto it = mappings_.lower_bound(at); it != last; ++it) it->second.allowed = allowed;
+  for (auto it = mappings_.lower_bound(at); it != last; ++it) it->second.access = access;
 }
 
-Refusal AddressTable::check_access(Address at, size_t bytes) const {
+Refusal AddressTable::check_access(Address at, size_t bytes, Access needed) const {
   if (overflows(at, bytes)) return refuse(cuda::kInvalidValue, "the range wraps around");
   for (Address next = at; next < at + bytes;) {
     const auto holder = holding(next);
     if (holder == mappings_.end()) return refuse(cuda::kInvalidValue, "nothing is mapped at " + hex(next));
-    if (!holder->second.allowed) {
+    if (holder->second.access == Access::kNone) {
       return refuse(cuda::kInvalidValue, "access was never allowed at " + hex(next));
+    }
+    if (holder->second.access < needed) {
+      return refuse(cuda::kInvalidValue, "the memory is read-only at " + hex(next));
     }
     next = holder->first + holder->second.bytes;
   }

@@ -69,17 +69,17 @@ class AddressTable {
   Refusal check_run(Address at, size_t bytes) const;
   /// Drops the run. Returns the released allocations whose last mapping went with it.
   std::vector<Allocation> unmap(Address at, size_t bytes);
-  void set_allowed(Address at, size_t bytes, bool allowed);
-  /// Calls fn(address, bytes, allowed) for each mapping of a legal run.
+  void set_access(Address at, size_t bytes, Access access);
+  /// Calls fn(address, bytes, access) for each mapping of a legal run.
   template <class Fn>
   void for_each_mapping(Address at, size_t bytes, Fn fn) const {
     const auto last = mappings_.lower_bound(at + bytes);
     for (auto it = mappings_.lower_bound(at); it != last; ++it)
-      fn(it->first, it->second.bytes, it->second.allowed);
+      fn(it->first, it->second.bytes, it->second.access);
   }
 
-  /// Legal when every byte of [at, at + bytes) is mapped and accessible.
-  Refusal check_access(Address at, size_t bytes) const;
+  /// Legal when every byte of [at, at + bytes) is mapped and may be read, or written as well.
+  Refusal check_access(Address at, size_t bytes, Access needed) const;
 
   const std::map<Address, size_t>& reservations() const { return reservations_; }
   size_t handle_count() const;
@@ -89,7 +89,7 @@ class AddressTable {
   struct Mapping {
     size_t bytes = 0;
     Handle handle = 0;
-    bool allowed = false;
+    Access access = Access::kNone;
   };
   using Mappings = std::map<Address, Mapping>;
 

@@ -37,6 +37,9 @@ struct Capabilities {
   std::string exchange;    // backends of the same exchange may import each other's memory; empty: none may
 };
 
+/// What a device may do with mapped memory.
+enum class Access { kNone, kRead, kReadWrite };
+
 struct MemoryInfo {
   size_t free = 0;   // bytes that create() could still hand out, all processes considered
   size_t total = 0;  // bytes of the device
@@ -58,15 +61,17 @@ class Backend {
   virtual Handle create(size_t bytes) = 0;
   virtual void release(Handle handle) = 0;
 
-  /// A descriptor of physical memory, for another process.
-  virtual Fd export_fd(Handle handle) = 0;
+  /// A descriptor of physical memory, for another process. With kRead it serves for reading alone where the
+  /// system knows such descriptors; CUDA has none.
+  virtual Fd export_fd(Handle handle, Access access = Access::kReadWrite) = 0;
   /// The memory behind a descriptor, to be mapped and released like one's own. Twice imported it is one
   /// memory.
   virtual Handle import_fd(const Fd& fd) = 0;
 
   virtual void map(Address at, size_t bytes, Handle handle) = 0;
-  /// Makes a run of whole mappings readable and writable by the device and its peers.
-  virtual void allow(Address at, size_t bytes) = 0;
+  /// Makes a run of whole mappings accessible by the device and its peers. A driver that knows no read-only
+  /// mappings refuses kRead.
+  virtual void allow(Address at, size_t bytes, Access access = Access::kReadWrite) = 0;
   /// Another device of this process is a peer from now on: what is allowed afterwards is its too. Refused for
   /// one that cannot reach this device's memory.
   virtual void add_peer(int ordinal) = 0;

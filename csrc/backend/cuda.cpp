@@ -108,7 +108,7 @@ class CudaBackend final : public Backend {
                  [&] { return "cuMemRelease(handle " + std::to_string(handle) + ")"; });
   }
 
-  Fd export_fd(Handle handle) override {
+  Fd export_fd(Handle handle, Access) override {
     const cuda::RelaxedCapture relaxed(driver_);
     int fd = -1;
     check(driver_.cuMemExportToShareableHandle(&fd, handle, cuda::kHandleTypePosixFd, 0),
@@ -133,13 +133,14 @@ class CudaBackend final : public Backend {
           [&] { return "cuMemMap(" + span(at, bytes) + ", handle " + std::to_string(handle) + ")"; });
   }
 
-  void allow(Address at, size_t bytes) override {
+  void allow(Address at, size_t bytes, Access level) override {
     const cuda::RelaxedCapture relaxed(driver_);
     std::vector<cuda::AccessDesc> access;
     {
       const std::lock_guard<std::mutex> lock(peers_mutex_);
       access = access_;
     }
+    for (cuda::AccessDesc& each : access) each.flags = flags_of(level);
     check(driver_.cuMemSetAccess(at, bytes, access.data(), access.size()),
           [&] { return "cuMemSetAccess(" + span(at, bytes) + ")"; });
   }
@@ -292,6 +293,11 @@ class CudaBackend final : public Backend {
     access_ = {{prop_.location, cuda::kAccessReadWrite}};
     capabilities_ = {"cuda", name.data(), uuid_text(uuid), ordinal, granularity, {}};
     if (exports) capabilities_.exchange = capabilities_.uuid;
+  }
+
+  static int flags_of(Access access) {
+    if (access == Access::kNone) return cuda::kAccessNone;
+    return access == Access::kRead ? cuda::kAccessRead : cuda::kAccessReadWrite;
   }
 
   int attribute(int which) const {

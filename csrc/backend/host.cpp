@@ -129,9 +129,9 @@ class HostBackend final : public Backend {
     if (auto bad = space_.release(handle)) refuse("release(handle " + std::to_string(handle) + ")", bad);
   }
 
-  Fd export_fd(Handle handle) override {
+  Fd export_fd(Handle handle, Access access) override {
     Fd fd;
-    if (auto bad = space_.export_fd(handle, &fd))
+    if (auto bad = space_.export_fd(handle, access, &fd))
       refuse("export(handle " + std::to_string(handle) + ")", bad);
     return fd;
   }
@@ -150,8 +150,8 @@ class HostBackend final : public Backend {
     }
   }
 
-  void allow(Address at, size_t bytes) override {
-    if (auto bad = space_.allow(at, bytes)) refuse("allow" + span(at, bytes) + ")", bad);
+  void allow(Address at, size_t bytes, Access access) override {
+    if (auto bad = space_.allow(at, bytes, access)) refuse("allow" + span(at, bytes) + ")", bad);
   }
 
   void add_peer(int ordinal) override {

@@ -21,7 +21,10 @@ namespace {
 
 void* pointer(Address at) { return reinterpret_cast<void*>(at); }
 
-int protection(bool allowed) { return allowed ? PROT_READ | PROT_WRITE : PROT_NONE; }
+int protection(Access access) {
+  if (access == Access::kNone) return PROT_NONE;
+  return access == Access::kRead ? PROT_READ : PROT_READ | PROT_WRITE;
+}
 
 Refusal system_refusal(const char* call) {
   const int number = errno;
@@ -107,12 +110,12 @@ Refusal MemfdSpace::release(Handle handle) {
   return give_back(table_.release(handle));
 }
 
-Refusal MemfdSpace::export_fd(Handle handle, Fd* fd) {
+Refusal MemfdSpace::export_fd(Handle handle, Access access, Fd* fd) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (auto bad = table_.check_release(handle)) return bad;
   const Allocation& memory = table_.allocation(handle);
   const std::string path = "/proc/self/fd/" + std::to_string(file_of(memory));
-  Fd opened(open(path.c_str(), O_RDWR | O_CLOEXEC));
+  Fd opened(open(path.c_str(), (access == Access::kRead ? O_RDONLY : O_RDWR) | O_CLOEXEC));
   if (!opened) return system_refusal("open");
   if (lseek(opened.get(), static_cast<off_t>(memory.offset + memory.bytes / granularity_), SEEK_SET) < 0) {
     return system_refusal("lseek");
@@ -164,18 +167,18 @@ Refusal MemfdSpace::map(Address at, size_t bytes, size_t offset, Handle handle) 
   return {};
 }
 
-Refusal MemfdSpace::allow(Address at, size_t bytes, bool allowed) {
+Refusal MemfdSpace::allow(Address at, size_t bytes, Access access) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (auto bad = table_.check_run(at, bytes)) return bad;
-  if (mprotect(pointer(at), bytes, protection(allowed)) != 0) {
+  if (mprotect(pointer(at), bytes, protection(access)) != 0) {
     Refusal bad = system_refusal("mprotect");
     // The kernel may have changed a part before it gave up.
-    table_.for_each_mapping(at, bytes, [](Address start, size_t size, bool before) {
+    table_.for_each_mapping(at, bytes, [](Address start, size_t size, Access before) {
       mprotect(pointer(start), size, protection(before));
     });
     return bad;
   }
-  table_.set_allowed(at, bytes, allowed);
+  table_.set_access(at, bytes, access);
   return {};
 }
 
@@ -203,9 +206,9 @@ Refusal MemfdSpace::give_back(const std::vector<Allocation>& freed) {
   return failed;
 }
 
-Refusal MemfdSpace::check_access(Address at, size_t bytes) const {
+Refusal MemfdSpace::check_access(Address at, size_t bytes, Access needed) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return table_.check_access(at, bytes);
+  return table_.check_access(at, bytes, needed);
 }
 
 size_t MemfdSpace::free_bytes(const Budget& budget) const {

@@ -9,7 +9,7 @@
 //  - FALLOC_FL_PUNCH_HOLE gives them back, and what is allocated at a fresh offset reads as zeros. It takes
 //    them from other processes too, so what was exported stays in the file until that goes.
 //  - A file opened anew has a position of its own, which travels with the descriptor: an exported one says by
-//    it which pages are meant.
+//    it which pages are meant. One that was opened for reading can never be mapped for writing.
 //
 // Thread-safety: any thread; one mutex.
 #pragma once
@@ -38,14 +38,14 @@ class MemfdSpace {
   /// Counts against `budget`, which must outlive the memory. Code 2 when it or the machine has no more.
   Refusal create(size_t bytes, Budget* budget, Handle* handle);
   Refusal release(Handle handle);
-  Refusal export_fd(Handle handle, Fd* fd);
+  Refusal export_fd(Handle handle, Access access, Fd* fd);
   Refusal import_fd(const Fd& fd, Handle* handle);
   Refusal map(Address at, size_t bytes, size_t offset, Handle handle);
-  /// Opens the run to reads and writes, or closes it again.
-  Refusal allow(Address at, size_t bytes, bool allowed = true);
+  /// Opens the run to reads, or to writes as well, or closes it again.
+  Refusal allow(Address at, size_t bytes, Access access = Access::kReadWrite);
   Refusal unmap(Address at, size_t bytes);
 
-  Refusal check_access(Address at, size_t bytes) const;
+  Refusal check_access(Address at, size_t bytes, Access needed = Access::kReadWrite) const;
   size_t free_bytes(const Budget& budget) const;
 
   struct Live {

@@ -32,6 +32,8 @@ std::optional<size_t> bounded(size_t limit) {
 /// where unraisable exceptions go, because its caller is another account's demand.
 ReclaimFn reclaim_fn(py::function function) {
   const std::shared_ptr<py::function> held(new py::function(std::move(function)), [](py::function* owned) {
+    // An interpreter that goes down takes its objects along, and lets no other thread have the GIL.
+    if (NoGil::finalizing()) return;
     const py::gil_scoped_acquire gil;
     delete owned;
   });

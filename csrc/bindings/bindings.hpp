@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "arena/arena.hpp"
@@ -20,6 +21,9 @@ void bind_ledger(py::module_& module);
 void bind_arena(py::module_& module);
 void bind_kv(py::module_& module);
 void bind_allocator(py::module_& module);
+void bind_shared(py::module_& module);
+
+int send_extents(BlockRange& range, int socket, const std::string& message, size_t first, size_t count);
 
 /// Lets the GIL go for the core's work. In an interpreter that is going down, a thread that asks for the GIL
 /// is ended by unwinding (PyEval_RestoreThread, before 3.14), which C++ frames turn into an abort: such a

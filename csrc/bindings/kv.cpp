@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "bindings/bindings.hpp"
-#include "bindings/dlpack.hpp"
+#include "bindings/export.hpp"
 #include "core/error.hpp"
 #include "kv/block_pool.hpp"
 
@@ -39,40 +39,14 @@ struct RangeHandle {
   }
 };
 
-struct Export {
-  dlpack::ManagedTensor managed;
-  int64_t shape;
-  std::shared_ptr<RangeHandle> owner;
-};
-
-/// One stripe as a one-dimensional DLPack tensor of bytes; torch views it as what it is. Nothing is copied.
+/// One stripe as bytes, without a copy.
 py::capsule export_stripe(const std::shared_ptr<RangeHandle>& handle, size_t stripe) {
-  const Capabilities& device = handle->range->arena()->device();
-  const bool host = device.backend == "host";
-  auto owned = std::make_unique<Export>();
-  const Geometry& geometry = handle->range->geometry();
-  owned->shape = static_cast<int64_t>(geometry.num_blocks * geometry.block_bytes);
-  owned->owner = handle;
-  owned->managed.tensor = {reinterpret_cast<void*>(handle->range->base(stripe)),
-                           {host ? dlpack::kCPU : dlpack::kCUDA, host ? 0 : device.ordinal},
-                           1,
-                           {dlpack::kUInt, 8, 1},
-                           &owned->shape,
-                           nullptr,
-                           0};
-  owned->managed.manager = owned.get();
-  owned->managed.deleter = [](dlpack::ManagedTensor* managed) {
-    auto* const self = static_cast<Export*>(managed->manager);
-    --self->owner->exports;
-    delete self;
-  };
+  BlockRange& range = *handle->range;
+  const Geometry& geometry = range.geometry();
   ++handle->exports;
-  // A consumer renames the capsule when it takes the tensor over.
-  return py::capsule(&owned.release()->managed, "dltensor", [](PyObject* capsule) {
-    if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;
-    auto* const managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
-    managed->deleter(managed);
-  });
+  const std::shared_ptr<void> owner(handle.get(), [handle](void*) { --handle->exports; });
+  return export_bytes(range.base(stripe), geometry.num_blocks * geometry.block_bytes, range.arena()->device(),
+                      owner);
 }
 
 double bench_ensure(RangeHandle& self, const std::vector<Block>& blocks, size_t iterations) {
@@ -189,6 +163,14 @@ void bind_kv(py::module_& module) {
       .def("held", [](RangeHandle& self, Block block) { return self.range->held(block); })
       .def("base", [](RangeHandle& self, size_t stripe) { return self.range->base(stripe); })
       .def("export_stripe", &export_stripe)
+      .def(
+          "extents", [](RangeHandle& self) { return self.range->extents(); }, Unlocked())
+      .def(
+          "send_extents",
+          [](RangeHandle& self, int socket, const std::string& message, size_t first, size_t count) {
+            return send_extents(*self.range, socket, message, first, count);
+          },
+          py::arg("socket"), py::arg("message"), py::arg("first"), py::arg("count"), Unlocked())
       .def("close", &RangeHandle::close, Unlocked())
       .def_property_readonly("exports", [](RangeHandle& self) { return self.exports.load(); })
       .def_property_readonly("resident_bytes", [](RangeHandle& self) { return self.range->resident_bytes(); })

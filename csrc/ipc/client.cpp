@@ -2,37 +2,28 @@
 
 #include <unistd.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <cstring>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <thread>
 #include <utility>
 #include <vector>
 
-#include "arena/fence.hpp"
 #include "arena/imported.hpp"
 #include "backend/cuda_abi.hpp"
 #include "core/error.hpp"
 #include "core/sizes.hpp"
 #include "ipc/in_hand.hpp"
+#include "ipc/leaving.hpp"
 #include "ipc/socket.hpp"
 #include "ipc/wire.hpp"
 
 namespace tem::ipc {
 namespace {
 
-constexpr double kPatience = 10.0;   // seconds, for the other process
-constexpr double kLastFences = 5.0;  // seconds
-constexpr auto kFencePoll = std::chrono::microseconds(50);
-
-struct Leaving {
-  std::unique_ptr<Imported> memory;
-  std::shared_ptr<Device> device;
-  std::shared_ptr<Mark> mark;  // null: the driver refused one, as while something is captured
-};
+constexpr double kPatience = 10.0;  // seconds, for the other process
 
 struct Imports {
   using Key = std::pair<const Device*, std::string>;
@@ -40,7 +31,6 @@ struct Imports {
   std::mutex opening;  // one at a time, or two would map the same
   std::mutex mutex;    // guards what follows; taken last
   std::map<Key, std::weak_ptr<Imported>> open;
-  std::vector<Leaving> leaving;
 };
 
 /// Leaked: what was imported may go while static destructors run.
@@ -49,38 +39,16 @@ Imports& imports() {
   return *made;
 }
 
-/// Unmaps what the device has done with.
-void sweep() {
-  std::vector<Leaving> gone;
-  Imports& all = imports();
-  const std::lock_guard<std::mutex> guard(all.mutex);
-  const auto stays = [](Leaving& one) {
-    if (!one.device->born.here()) return true;
-    if (!one.mark) one.mark = Mark::everything(*one.device);
-    return !one.mark || !one.mark->passed();
-  };
-  const auto end = std::stable_partition(all.leaving.begin(), all.leaving.end(), stays);
-  gone.assign(std::make_move_iterator(end), std::make_move_iterator(all.leaving.end()));
-  all.leaving.erase(end, all.leaving.end());
-}
-
 /// The end of the last owner. Work that was submitted may still touch the memory.
 void let_go(Imported* memory, const std::shared_ptr<Device>& device) noexcept {
-  Imports& all = imports();
-  if (!device->born.here()) return;  // the parent's, and its locks may be held for ever
-  Leaving leaving{std::unique_ptr<Imported>(memory), device, Mark::everything(*device)};
-  const Deadline deadline = deadline_in(kLastFences);
-  const auto passed = [&] { return leaving.mark && leaving.mark->passed(); };
-  while (leaving.mark && !passed() && Clock::now() < deadline) std::this_thread::sleep_for(kFencePoll);
-  {
+  if (device->born.here()) {
+    Imports& all = imports();
     const std::lock_guard<std::mutex> guard(all.mutex);
     for (auto each = all.open.begin(); each != all.open.end();) {
       each = each->second.expired() ? all.open.erase(each) : std::next(each);
     }
-    if (!passed()) all.leaving.push_back(std::move(leaving));
   }
-  leaving.memory.reset();
-  sweep();
+  unmap_behind(std::unique_ptr<Imported>(memory), device);
 }
 
 class Visit {
@@ -166,7 +134,7 @@ std::shared_ptr<void> open(Device& device, const std::string& bytes) {
   Imports& all = imports();
   const std::lock_guard<std::mutex> one(all.opening);
   if (auto known = find(key)) return at_base(std::move(known));
-  sweep();
+  unmap_what_was_left();
   const Handle handle = decode(bytes);
   const Capabilities& own = device.backend->capabilities();
   if (handle.exchange != own.exchange) {

@@ -50,6 +50,13 @@ class BlockRange final : public Tenant, public std::enable_shared_from_this<Bloc
   /// outlive the range it was used with.
   void retire();
 
+  // To share a range of one stripe whose blocks are all held. Error{kInvalid} for any other.
+
+  /// The sizes of its extents, in order of address.
+  std::vector<size_t> extents();
+  /// Descriptors of `count` extents from the one of number `first` on.
+  std::vector<Fd> export_fds(size_t first, size_t count, Access access);
+
   const Geometry& geometry() const { return geometry_; }
   Address base(size_t stripe) const { return stripes_.at(stripe)->base(); }
   size_t bytes() const { return stripes_.front()->bytes(); }
@@ -95,6 +102,7 @@ class BlockRange final : public Tenant, public std::enable_shared_from_this<Bloc
   bool absent(Piece piece) const;
   void grow(const std::vector<Block>& blocks, Stream stream, Deadline deadline);
   std::vector<Place> places(const std::vector<Piece>& extents) const;
+  std::vector<Place> all_places() const;
   void add_slot(Piece piece);
   void note_stream(Stream stream);
   void touch(int32_t slot);

@@ -8,6 +8,7 @@
 //   FAKE_CUDA_MEMORY    bytes of each (1 GiB), read by cuInit
 //   FAKE_CUDA_VERSION   what cuDriverGetVersion says (13000)
 //   FAKE_CUDA_NO_PEERS  not empty: no device can reach another's memory
+//   FAKE_CUDA_NO_READ_ONLY  not 0: no mapping can be read-only
 //   FAKE_CUDA_NO_VMM    not empty: no device supports virtual memory management
 #pragma once
 
@@ -73,8 +74,8 @@ struct State {
   Result sticky = kSuccess;  // what a fault on the device leaves: every later call answers it
   std::deque<FakeDevice> devices;
   tem::MemfdSpace space{kGranularity};
-  std::set<AllocationHandle> exportable;       // handles that were asked for with a type to export
-  std::set<std::pair<DevicePtr, int>> access;  // pages, and the devices that may touch them
+  std::set<AllocationHandle> exportable;            // handles that were asked for with a type to export
+  std::map<std::pair<DevicePtr, int>, int> access;  // of pages by devices: flags of cuMemSetAccess
   tem::SlotTable<StreamState> streams;
   tem::SlotTable<EventState> events;
   std::vector<uint64_t> capturing;  // streams in a capture

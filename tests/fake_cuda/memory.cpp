@@ -81,7 +81,7 @@ FAKE_EXPORT Result cuMemcpyDtoH_v2(void* to, DevicePtr from, size_t bytes) {
   FAKE_ENTER(cuMemcpyDtoH, kNo);
   if (current_device() == nullptr) return kInvalidContext;
   if (to == nullptr) return kInvalidValue;
-  if (const auto bad = call->space.check_access(from, bytes)) return bad.code;
+  if (const auto bad = call->space.check_access(from, bytes, tem::Access::kRead)) return bad.code;
   std::memcpy(to, reinterpret_cast<const void*>(from), bytes);
   return kSuccess;
 }

@@ -1,4 +1,6 @@
 // Virtual memory management: a thin skin over MemfdSpace, which holds the rules.
+#include <algorithm>
+
 #include "fake.hpp"
 
 using namespace fake;  // NOLINT
@@ -71,19 +73,24 @@ FAKE_EXPORT Result cuMemSetAccess(DevicePtr at, size_t bytes, const AccessDesc* 
   for (size_t i = 0; i < count; ++i) {
     if (access[i].location.type != kLocationDevice) return kInvalidValue;
     if (find_device(access[i].location.id) == nullptr) return kInvalidValue;
-    if (access[i].flags == kAccessRead) return kNotSupported;  // by the fake: its pages are open or shut
-    if (access[i].flags != kAccessReadWrite && access[i].flags != kAccessNone) return kInvalidValue;
+    const int flags = access[i].flags;
+    if (flags != kAccessReadWrite && flags != kAccessRead && flags != kAccessNone) return kInvalidValue;
+    if (flags == kAccessRead && environment("FAKE_CUDA_NO_READ_ONLY", 0) != 0) return kNotSupported;
   }
-  bool open = false;
-  for (size_t i = 0; i < count; ++i) open = open || access[i].flags == kAccessReadWrite;
-  if (const auto bad = call->space.allow(at, bytes, open)) return bad.code;
+  // All devices of the fake reach a page through the one mapping, so the widest access counts.
+  int widest = kAccessNone;
+  for (size_t i = 0; i < count; ++i) widest = std::max(widest, access[i].flags);
+  const auto level = widest == kAccessNone   ? tem::Access::kNone
+                     : widest == kAccessRead ? tem::Access::kRead
+                                             : tem::Access::kReadWrite;
+  if (const auto bad = call->space.allow(at, bytes, level)) return bad.code;
   for (DevicePtr page = at; page < at + bytes; page += kGranularity) {
     for (size_t i = 0; i < count; ++i) {
       const auto grant = std::make_pair(page, access[i].location.id);
-      if (access[i].flags == kAccessReadWrite) {
-        call->access.insert(grant);
-      } else {
+      if (access[i].flags == kAccessNone) {
         call->access.erase(grant);
+      } else {
+        call->access[grant] = access[i].flags;
       }
     }
   }
@@ -95,8 +102,8 @@ FAKE_EXPORT Result cuMemGetAccess(unsigned long long* flags, const MemLocation* 
   if (flags == nullptr || location == nullptr || location->type != kLocationDevice) return kInvalidValue;
   if (find_device(location->id) == nullptr) return kInvalidDevice;
   const DevicePtr page = at / kGranularity * kGranularity;
-  const bool open = call->access.count({page, location->id}) != 0;
-  *flags = static_cast<unsigned long long>(open ? kAccessReadWrite : kAccessNone);
+  const auto found = call->access.find({page, location->id});
+  *flags = static_cast<unsigned long long>(found == call->access.end() ? kAccessNone : found->second);
   return kSuccess;
 }
 
@@ -113,7 +120,7 @@ FAKE_EXPORT Result cuMemExportToShareableHandle(void* out, AllocationHandle hand
   if (out == nullptr || type != kHandleTypePosixFd || flags != 0) return kInvalidValue;
   if (call->exportable.count(handle) == 0) return kInvalidValue;
   tem::Fd fd;
-  if (const auto bad = call->space.export_fd(handle, &fd)) return bad.code;
+  if (const auto bad = call->space.export_fd(handle, tem::Access::kReadWrite, &fd)) return bad.code;
   *static_cast<int*>(out) = fd.release();
   return kSuccess;
 }

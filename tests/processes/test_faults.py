@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes.conftest import MiB, Machine, Refused
+from tests.processes.conftest import Machine, MiB, Refused
 
 HERE = Path(__file__).parent
 

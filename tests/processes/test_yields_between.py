@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes.conftest import MiB, Machine, Refused
+from tests.processes.conftest import Machine, MiB, Refused
 
 
 def test_idle_memory_of_a_lower_class_goes_to_a_higher_one_in_another_process(machine: Machine) -> None:

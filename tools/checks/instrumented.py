@@ -1,8 +1,8 @@
 """Runs the tests of the core on another build of it: python instrumented.py FOLDER [pytest's arguments].
 
 FOLDER is where the package must come from; PYTHONPATH has to lead there. Tests of the core are those that
-take a rung, and those marked `core`, since a state machine of hypothesis takes none. Tests whose arenas live in
-processes of their own (`machine`) run on the everyday build wherever they run.
+take a rung, and those marked `core`, since a state machine of hypothesis takes none. Tests whose arenas live
+in processes of their own (`machine`) run on the everyday build wherever they run.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch_elastic_mem import _C
+from torch_elastic_mem.broker.heir import Heir
 from torch_elastic_mem.broker.holder import Holder
 from torch_elastic_mem.broker.protocol import UNLIMITED, Limits
 from torch_elastic_mem.broker.rules import for_ledger
@@ -21,6 +22,8 @@ class Accounts:
         self.reserve_low = reserve_low
         self.reserve_high = reserve_high
         self.holders: dict[int, Holder] = {}
+        # By the number of the account whose bytes they take over.
+        self.heirs: dict[int, Heir] = {}
 
     @property
     def above_low(self) -> int:
@@ -92,13 +95,15 @@ class Accounts:
         holder.lease += bytes
 
     def discharge(self, holder: Holder, bytes: int) -> None:
-        """Takes lease back.
+        """Takes lease back. What is shared passes to the share's own account.
 
         Raises:
             InvalidArgument: it is more than the account's.
         """
         self.ledger.give_back(holder.id, bytes)
         holder.lease -= bytes
+        if heir := self.heirs.get(holder.id):
+            self.charge(heir, heir.inherits(holder.lease))
 
     def kept_free(self, holder: Holder, bytes: int) -> int:
         """Bytes that such a grant must leave free: memory between the marks is for classes above the lowest.

@@ -39,6 +39,7 @@ from torch_elastic_mem.broker.queue import Queue
 from torch_elastic_mem.broker.reclaim import Reclaim
 from torch_elastic_mem.broker.rules import check_permitted, in_force
 from torch_elastic_mem.broker.session import Letter, Process, Session
+from torch_elastic_mem.broker.shares import Shares
 from torch_elastic_mem.broker.state import DeviceState
 from torch_elastic_mem.errors import AdmissionError, InUseError, InvalidArgument, TemError
 from torch_elastic_mem.units import format_bytes
@@ -69,6 +70,7 @@ class Books:
         self.rules = rules
         self.grace = grace
         self.accounts = Accounts(device.limit, *reserve)
+        self.shares = Shares(self.accounts)
         self._post = post
         self._journal = journal
         self._pressure = Pressure()
@@ -324,6 +326,7 @@ class Books:
                 each.state(now, waiting[each.id], self._asks.unanswered(each), self._asks.owed(each))
                 for each in holders
             ],
+            shared=self.shares.states(),
         )
 
     # Bookkeeping.

@@ -6,7 +6,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -92,6 +92,11 @@ class Broker:
         self._waiters: list[tuple[Callable[[float], bool], asyncio.Future[None]]] = []
         if HOST in self._config.device:
             self._books_of(Hello(HOST, "host", HOST, "", 0, 1))
+
+    @property
+    def books(self) -> Mapping[str, Books]:
+        """The books of every device, by UUID."""
+        return self._books
 
     # The operators' side.
 

@@ -33,6 +33,11 @@ class Paths:
         return self.directory / "control.sock"
 
     @property
+    def shares(self) -> Path:
+        """The socket for memory that several processes map."""
+        return self.directory / "shares.sock"
+
+    @property
     def lock(self) -> Path:
         """The file that the broker which serves here has locked."""
         return self.directory / "broker.lock"

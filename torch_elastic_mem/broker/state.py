@@ -48,6 +48,34 @@ class AccountState(msgspec.Struct, frozen=True, kw_only=True):
     slowest_yield: float
 
 
+class SharerState(msgspec.Struct, frozen=True, kw_only=True):
+    """A process that has shared memory mapped.
+
+    Attributes:
+        pid: its number. uid: its user. process: what it calls itself.
+        share: the part of the bytes that it counts for; the shares of all add up to them.
+    """
+
+    pid: int
+    uid: int
+    process: str
+    share: int
+
+
+class SharedState(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory that several processes have mapped, charged once.
+
+    Attributes:
+        name: by which others attach. uid: the user whose processes may.
+        bytes: its size. members: who has it, in order of arrival.
+    """
+
+    name: str
+    uid: int
+    bytes: int
+    members: list[SharerState]
+
+
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
     """A device that a process has connected for, or that is configured.
 
@@ -59,7 +87,8 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
         reserve_low: never leased. reserve_high: what the background reclaim keeps free for higher classes.
         leased: granted. free: what could still be granted. queued: bytes of demands that wait.
         pressure: by class, the part of the last 10 s in which a demand of it waited, 0 to 1.
-        accounts: in order of value, highest first.
+        accounts: in order of value, highest first. What is shared is in one of them, or in "share NAME".
+        shared: memory that several processes have mapped.
     """
 
     uuid: str
@@ -75,6 +104,7 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
     queued: int
     pressure: dict[str, float]
     accounts: list[AccountState]
+    shared: list[SharedState] = []
 
 
 class MachineState(msgspec.Struct, frozen=True, kw_only=True):

@@ -50,6 +50,7 @@ def serve(
     from torch_elastic_mem.broker.config import Config, merge, read_table
     from torch_elastic_mem.broker.control_server import control
     from torch_elastic_mem.broker.paths import default_directory
+    from torch_elastic_mem.broker.shares_server import serve_shares
     from torch_elastic_mem.errors import TemError
     from torch_elastic_mem.observe.exporter import metrics as metrics_service
 
@@ -62,7 +63,7 @@ def serve(
 
     where = directory or default_directory(os.environ)
     try:
-        services: list[daemon.Service] = [control, metrics_service]
+        services: list[daemon.Service] = [control, serve_shares, metrics_service]
         if idle_exit is not None:
             services.append(idle.idle_exit(idle_exit))
         asyncio.run(daemon.run(read, where.absolute(), services=services, ready=ready, verbose=verbose))

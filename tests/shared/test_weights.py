@@ -1,0 +1,225 @@
+"""What weights may be, and how they lie in memory."""
+
+from __future__ import annotations
+
+import json
+import struct
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import torch_elastic_mem as tem
+from tests.shared.processes import Broker, MiB, until
+from tests.shared.samples import sample
+from torch_elastic_mem.weights import ALIGNMENT, SafetensorsFile, StateDict, size_of
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[Broker]:
+    with tempfile.TemporaryDirectory(prefix="tem") as made:
+        Path(made).chmod(0o700)
+        running = Broker(Path(made))
+        yield running
+        running.end()
+
+
+@pytest.fixture
+def arena(broker: Broker) -> Iterator[tem.Arena]:
+    with tem.Arena("host", capacity="256MiB", broker=broker.path) as made:
+        yield made
+
+
+def test_every_tensor_is_as_it_was(arena: tem.Arena) -> None:
+    given = sample(5)
+    with tem.share(given, "base", arena=arena) as weights:
+        for name, tensor in given.items():
+            found = weights[name]
+            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+            assert found.is_contiguous() and found.data_ptr() % ALIGNMENT == 0
+            wanted = tensor.contiguous().view(-1).view(torch.uint8)
+            assert torch.equal(found.view(-1).view(torch.uint8), wanted)
+        assert weights["tied"] is weights["large"]
+        assert weights["transposed"].data_ptr() != weights["large"].data_ptr()
+        assert list(weights) == list(given) and len(weights) == len(given)
+        assert "base" in repr(weights) and weights.device == "cpu" and weights.nbytes == 6 * MiB
+    assert weights.tensors == {}
+
+
+def test_tied_parameters_of_a_module_stay_tied(arena: tem.Arena) -> None:
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(50, 8)
+            self.head = torch.nn.Linear(8, 50, bias=False)
+            self.head.weight = self.embed.weight
+
+    model = Tied()
+    before = model.head(model.embed(torch.tensor([3])))
+    with tem.share(model.state_dict(), "tied", arena=arena) as weights:
+        model.load_state_dict(weights.tensors, assign=True)
+        assert (
+            model.embed.weight.data_ptr() == model.head.weight.data_ptr() == weights["head.weight"].data_ptr()
+        )
+        assert torch.equal(model.head(model.embed(torch.tensor([3]))), before)
+        del model
+
+
+def test_the_arena_is_left_as_it_was(arena: tem.Arena, broker: Broker) -> None:
+    with tem.share({"a": torch.ones(3 * MiB)}, "base", arena=arena):
+        shot = arena.snapshot()
+        assert (shot.leased, shot.created, shot.spare, shot.accounts) == (0, 0, 0, [])
+        assert broker.leased() == 12 * MiB
+    until(lambda: broker.leased() == 0)
+
+
+def test_a_share_that_does_not_fit_leaves_nothing(arena: tem.Arena, broker: Broker) -> None:
+    before = broker.descriptors()
+    with pytest.raises(tem.OutOfMemory):
+        tem.share({"a": torch.empty(600 * MiB, dtype=torch.bfloat16)}, "base", arena=arena)
+    until(lambda: broker.leased() == 0 and broker.descriptors() <= before)
+    assert arena.snapshot().accounts == [] and broker.state()["shared"] == []
+
+
+def test_weights_that_cannot_be_read_leave_nothing(
+    arena: tem.Arena, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: object, region: torch.Tensor) -> None:
+        raise RuntimeError("no such luck")
+
+    before = broker.descriptors()
+    monkeypatch.setattr(StateDict, "fill", fails)
+    with pytest.raises(RuntimeError, match="no such luck"):
+        tem.share({"a": torch.ones(3)}, "base", arena=arena)
+    until(lambda: broker.leased() == 0 and broker.descriptors() <= before)
+    assert arena.snapshot().accounts == []
+
+
+def test_many_extents_cross_in_batches(arena: tem.Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch_elastic_mem.share_link.BATCH", 2)
+    given = torch.arange(34 * MiB // 4, dtype=torch.int32)
+    with tem.share({"a": given}, "base", arena=arena) as weights:
+        assert torch.equal(weights["a"], given)
+        attached = tem.attach("base", device="host", broker=str(arena.broker))
+        assert torch.equal(attached["a"], given)
+
+
+def test_threads_attach_and_close_at_once(arena: tem.Arena, broker: Broker) -> None:
+    given = {"a": torch.arange(1000)}
+    wrong: list[object] = []
+
+    def visit() -> None:
+        for _ in range(10):
+            with tem.attach("base", device="host", broker=broker.path) as weights:
+                if not torch.equal(weights["a"], given["a"]):
+                    wrong.append(weights)
+
+    with tem.share(given, "base", arena=arena):
+        threads = [threading.Thread(target=visit) for _ in range(4)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        assert not wrong
+        until(lambda: len(broker.state()["shared"][0]["members"]) == 1)
+    until(lambda: broker.leased() == 0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ({}, "there are no tensors to share"),
+        ({"a": 3}, "weights are tensors by name; got 'a': int"),
+        ({3: torch.ones(1)}, "weights are tensors by name; got 3: Tensor"),
+        (
+            {"a": torch.ones(2, 2).to_sparse()},
+            "'a' is a Tensor of torch.sparse_coo on cpu; only plain tensors",
+        ),
+        ({"a": torch.ones(2, device="meta")}, "'a' is a Tensor of torch.strided on meta; only plain tensors"),
+    ],
+)
+def test_what_is_no_plain_tensor_is_refused(arena: tem.Arena, weights: Any, says: str) -> None:
+    with pytest.raises(tem.InvalidArgument, match=says):
+        tem.share(weights, "base", arena=arena)
+    assert arena.snapshot().accounts == []
+
+
+def test_an_arena_that_stands_alone_cannot_share() -> None:
+    with (
+        tem.Arena("host", capacity="4MiB", broker=None) as alone,
+        pytest.raises(tem.BrokerError, match="stands alone, and memory is shared through a broker"),
+    ):
+        tem.share({"a": torch.ones(1)}, "base", arena=alone)
+
+
+def test_where_the_environment_says_no_broker_nobody_attaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEM_BROKER", "0")
+    with pytest.raises(tem.BrokerError, match="TEM_BROKER says that there is no broker"):
+        tem.attach("base", device="host")
+
+
+# Files of safetensors.
+
+
+def save(path: Path, entries: dict[str, Any], data: bytes) -> Path:
+    header = json.dumps(entries).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    return path
+
+
+def test_a_file_of_safetensors_is_read_bit_for_bit(arena: tem.Arena, tmp_path: Path) -> None:
+    library = pytest.importorskip("safetensors.torch")
+    given = {name: tensor.clone().contiguous() for name, tensor in sample(7).items()}
+    library.save_file(given, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with tem.share(tmp_path / "model.safetensors", "base", arena=arena) as weights:
+        assert weights.tensors.keys() == given.keys()
+        for name, tensor in given.items():
+            assert (weights[name].dtype, weights[name].shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(weights[name].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
+
+
+def test_a_file_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch_elastic_mem.weights._CHUNK", 7)
+    data = bytes(range(100))
+    entries = {"a": {"dtype": "U8", "shape": [60], "data_offsets": [40, 100]}}
+    entries["b"] = {"dtype": "U8", "shape": [40], "data_offsets": [0, 40]}
+    source = SafetensorsFile(save(tmp_path / "f", entries, data))
+    region = torch.zeros(size_of(source.slots), dtype=torch.uint8)
+    source.fill(region)
+    slots = source.slots
+    assert bytes(region[: slots["a"].nbytes].tolist()) == data[40:]
+    assert bytes(region[slots["b"].offset :].tolist()) == data[:40]
+
+
+@pytest.mark.parametrize(
+    ("entries", "data"),
+    [
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"1234"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, b"12345678"),
+        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}, b"1234"),
+        ({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, b"1234"),
+        ({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, b"1234"),
+        ({"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}}, b"1234"),
+        ({"a": 3}, b""),
+        ([], b""),
+    ],
+)
+def test_a_file_that_is_none_is_refused(tmp_path: Path, entries: Any, data: bytes) -> None:
+    with pytest.raises(tem.InvalidArgument):
+        SafetensorsFile(save(tmp_path / "f", entries, data))
+
+
+@pytest.mark.parametrize("content", [b"", b"12345678", b"\xff" * 20, struct.pack("<Q", 5) + b"{{{{{"])
+def test_a_file_without_a_header_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "f").write_bytes(content)
+    with pytest.raises(tem.InvalidArgument, match="is no file of safetensors"):
+        SafetensorsFile(tmp_path / "f")
+
+
+def test_a_file_that_is_not_there_is_an_error_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        SafetensorsFile(tmp_path / "f")
