@@ -1,4 +1,4 @@
-"""A member's connection to the broker that keeps what is shared. """
+"""A member's connection to the broker that keeps what is shared."""
 
 from __future__ import annotations
 

@@ -101,12 +101,11 @@ def test_garbage_ends_its_own_connection(
         assert keeper.ask({"op": "extents"}, [pipe, pipe])["extents"] == 2
         broker.keeper = keeper  # type: ignore[attr-defined]  # it lives as long as the broker
     until(lambda: broker.descriptors() == broker.descriptors())
-    with Raw(broker) as raw:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            for message, fds in messages:
-                raw.send(message, [pipe] * fds)
-            while raw.answer() is not None:
-                break
+    with Raw(broker) as raw, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        for message, fds in messages:
+            raw.send(message, [pipe] * fds)
+        while raw.answer() is not None:
+            break
     (still,) = shared(broker)
     assert still["members"][0]["pid"] == os.getpid() and broker.leased() == 2 * EXTENT
 
