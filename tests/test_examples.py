@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
     ("name", "says"),
     [
         ("elastic_kv_cache.py", ["memory for 0 B", "blocks moved", "debug mode: "]),
+        ("shared_base.py", ["server: shares 10 MiB", "lora: step 20: loss", "the server answers the same"]),
         ("train_with_two_lines.py", ["step 150: loss ", "its account h"]),
         ("two_tenants.py", ["burst 2: chat holds", "fine-tune gave chat"]),
     ],
@@ -35,6 +36,7 @@ def test_an_example_runs_and_shows_what_it_is_for(name: str, says: list[str]) ->
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "elastic_kv_cache.py",
+        "shared_base.py",
         "train_with_two_lines.py",
         "two_tenants.py",
     }

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from tests.broker.machine import GiB, account, device, machine, serving
-from torch_elastic_mem.broker.state import AccountState, DeviceState
+from torch_elastic_mem.broker.state import AccountState, DeviceState, SharedState, SharerState
 from torch_elastic_mem.screen.bar import bar, parts
 from torch_elastic_mem.screen.cells import (
     COLUMNS,
@@ -151,3 +151,13 @@ def test_a_time_is_told_by_its_two_largest_units(seconds: float, text: str) -> N
 )
 def test_a_yield_is_told_in_milliseconds(seconds: float, text: str) -> None:
     assert milliseconds(seconds) == text
+
+
+def test_what_is_shared_is_shown_with_the_part_of_each_member() -> None:
+    members = [
+        SharerState(pid=pid, uid=1000, process=name, share=7 * GiB)
+        for pid, name in ((11, "chat"), (12, "lora\x1b"))
+    ]
+    shared = SharedState(name="base", uid=1000, bytes=14 * GiB, members=members)
+    said = drawn(picture(machine(device(account(), shared=[shared])), 160))
+    assert "shared 'base', 14 GiB once: chat/11 7 GiB, lora" in said and "\x1b" not in said

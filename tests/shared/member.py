@@ -1,7 +1,7 @@
 """A process that shares and attaches: `python -m tests.shared.member BROKER DEVICE [LIBCUDA]`.
 
-A line of stdin is a list, a command and its arguments, as JSON; the answer is a line as well: a list with a value,
-or with an error's class and text.
+A line of stdin is a list, a command and its arguments, as JSON; the answer is a line as well: a list with a
+value, or with an error's class and text.
 """
 
 from __future__ import annotations

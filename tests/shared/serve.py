@@ -1,4 +1,4 @@
-"""A broker for tests: `python -m tests.shared.serve DIRECTORY [FILES]`. It says its state when it is asked to.
+"""A broker for tests: `python -m tests.shared.serve DIRECTORY [FILES]`. It says its state when it is asked.
 
 FILES is how many descriptors it may open.
 """

@@ -1,4 +1,4 @@
-"""Whatever order processes publish, return, leave and die in, what is shared is charged once until the last leaves."""
+"""In whatever order processes publish, return, leave and die: charged once, until the last member leaves."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from tests.shared.processes import Broker, MiB, Sharer, until
 Start = Callable[..., Sharer]
 
 
-@pytest.fixture(params=["host", "fake"])
+@pytest.fixture(params=["host", pytest.param("fake", marks=pytest.mark.slow)])
 def start(request: pytest.FixtureRequest, sharer: Start) -> Start:
     if request.param == "host":
         return lambda **environment: sharer("host", **environment)
@@ -116,6 +116,7 @@ def test_a_name_is_taken_while_it_is_shared(start: Start, broker: Broker) -> Non
     other.ask("share", "base")
 
 
+@pytest.mark.slow
 def test_an_unknown_name_is_answered_with_those_there_are(start: Start, broker: Broker) -> None:
     one, other = start(), start()
     one.ask("share", "base")
@@ -124,25 +125,27 @@ def test_an_unknown_name_is_answered_with_those_there_are(start: Start, broker: 
     assert other.ask("attach", "base")
 
 
+@pytest.mark.slow
 def test_weights_are_on_one_device(sharer: Start, fake_library: Path) -> None:
     one = sharer("cuda:0", str(fake_library))
     one.ask("share", "base")
     for other in (sharer("cuda:1", str(fake_library)), sharer("host")):
-        with pytest.raises(tem.InvalidArgument, match="'base' is on device GPU-.*, and was asked for on"):
+        with pytest.raises(tem.InvalidArgument, match=r"'base' is on device GPU-.*, and was asked for on"):
             other.ask("attach", "base")
 
 
+@pytest.mark.slow
 def test_after_the_broker_members_read_on_and_nobody_comes(start: Start, broker: Broker) -> None:
     one, other, late = start(), start(), start()
     one.ask("share", "base")
     other.ask("attach", "base")
     broker.end(signal.SIGKILL)
     assert one.ask("same") and other.ask("same")
-    with pytest.raises(tem.BrokerError, match="no broker keeps shared memory at .*tem serve"):
+    with pytest.raises(tem.BrokerError, match=r"no broker keeps shared memory at .*tem serve"):
         late.ask("attach", "base")
     again = Broker(Path(broker.path).parent)
     try:
-        with pytest.raises(tem.InvalidArgument, match="nobody shares 'base'|has any memory"):
+        with pytest.raises(tem.InvalidArgument, match=r"nobody shares 'base'|has any memory"):
             late.ask("attach", "base")
         # Whoever has it leaves no trace in the new broker.
         other.ask("close")
@@ -153,6 +156,7 @@ def test_after_the_broker_members_read_on_and_nobody_comes(start: Start, broker:
         again.end()
 
 
+@pytest.mark.slow
 def test_a_process_that_may_open_few_files_attaches_or_is_told(start: Start, broker: Broker) -> None:
     one, other = start(), start()
     one.ask("share", "base")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import socket
 import struct
 import tempfile
 import threading
@@ -16,6 +19,7 @@ import torch
 import torch_elastic_mem as tem
 from tests.shared.processes import Broker, MiB, until
 from tests.shared.samples import sample
+from torch_elastic_mem import _C
 from torch_elastic_mem.weights import ALIGNMENT, SafetensorsFile, StateDict, size_of
 
 
@@ -223,3 +227,66 @@ def test_a_file_without_a_header_is_refused(tmp_path: Path, content: bytes) -> N
 def test_a_file_that_is_not_there_is_an_error_of_the_system(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         SafetensorsFile(tmp_path / "f")
+
+
+def test_a_child_of_fork_leaves_nothing_of_its_parents(arena: tem.Arena, broker: Broker) -> None:
+    with tem.share({"a": torch.arange(5)}, "base", arena=arena) as weights:
+        child = os.fork()
+        if child == 0:
+            weights.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert len(broker.state()["shared"][0]["members"]) == 1
+        assert weights["a"].tolist() == [0, 1, 2, 3, 4]
+    until(lambda: broker.leased() == 0)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 49, "x" * 500])
+def test_a_name_that_cannot_be_is_refused(arena: tem.Arena, broker: Broker, name: str) -> None:
+    with pytest.raises(tem.InvalidArgument):
+        tem.share({"a": torch.ones(3)}, name, arena=arena)
+    assert arena.snapshot().accounts == [] and broker.leased() == 0
+    with pytest.raises(tem.InvalidArgument, match="nobody shares"):
+        tem.attach(name, device="host", broker=broker.path)
+
+
+# What went out.
+
+
+def test_an_extent_that_went_out_is_never_used_again() -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with near, far, tem.Arena("host", capacity="8MiB", broker=None) as arena, arena.account("a") as account:
+        with pytest.raises(tem.InvalidArgument, match="not all of it is held"):
+            account.range("4MiB")._core.extents()
+        out = account.range("4MiB")
+        out.grow("4MiB")
+        ctypes.memset(out.address, 7, 4 * MiB)
+        sizes = out._core.extents()
+        assert sum(sizes) == 4 * MiB
+        assert out._core.send_extents(near.fileno(), b"all", 0, len(sizes)) == 0
+        seen = _C.Attached(_C.host_backend(2 * MiB), sizes)
+        assert seen.receive(far.fileno(), 5.0) == b"all"
+        seen.open()
+        assert seen.read_only
+        out.close()
+        assert arena.snapshot().spare == 0
+        again = account.range("8MiB")
+        again.grow("8MiB")
+        ctypes.memset(again.address, 1, 8 * MiB)
+        assert ctypes.string_at(seen.address, 4 * MiB) == b"\7" * (4 * MiB)
+        again.close()
+
+
+@pytest.mark.parametrize("sizes", [[], [3 * MiB], [2 * MiB, 4 * MiB], [1 * MiB], [128 * MiB]])
+def test_extents_that_no_range_has_are_refused(sizes: list[int]) -> None:
+    with pytest.raises(tem.InvalidArgument):
+        _C.Attached(_C.host_backend(2 * MiB), sizes)
+
+
+def test_memory_is_opened_and_looked_at_whole() -> None:
+    memory = _C.Attached(_C.host_backend(2 * MiB), [2 * MiB])
+    with pytest.raises(tem.DriverError, match="0 extents of 1 have come"):
+        memory.open()
+    for offset, count in ((1, 2 * MiB), (2 * MiB + 1, 0)):
+        with pytest.raises(tem.InvalidArgument, match="are not within"):
+            memory.export(offset, count)

@@ -75,8 +75,8 @@ class ShareKeeper:
         books.shares.check(wanted.name, process.uid, wanted.bytes, publisher)
         if wanted.extents > self.room:
             raise BrokerError(
-                f"'{wanted.name}' has {wanted.extents} extents, a descriptor each, and the broker has {self.room} "
-                f"left for what is shared; have its limit raised (ulimit -n)"
+                f"'{wanted.name}' has {wanted.extents} extents, a descriptor each, and the broker has "
+                f"{self.room} left for what is shared; have its limit raised (ulimit -n)"
             )
         self._promised += wanted.extents
         return Publishing(books, publisher, wanted, Kept(fds.pop()))

@@ -2,8 +2,8 @@
 
 A share is charged once. Its bytes are leased to an account of its publisher, which gives them back by the
 tenants' socket like any others; while the share lives, what is given back goes to an account of the share's
-own (its heir), in the same step. So publisher and heir together hold the size, whoever dies when, until the last
-member has left.
+own (its heir), in the same step. So publisher and heir together hold the size, whoever dies when, until the
+last member has left.
 """
 
 from __future__ import annotations

@@ -295,13 +295,15 @@ async def serve_shares(running: Running) -> AsyncIterator[SharesServer]:
         OSError: the socket cannot be opened.
     """
     path = running.paths.shares
-    listener = running.sockets.pop("shares", None) or listen(path, running.config)
-    server = SharesServer(running.broker, listener, running.server.flush)
+    given = running.sockets.pop("shares", None)
+    server = SharesServer(running.broker, given or listen(path, running.config), running.server.flush)
     try:
         yield server
     finally:
         server.close()
-        path.unlink(missing_ok=True)
+        # What systemd has opened it gives to the next broker.
+        if given is None:
+            path.unlink(missing_ok=True)
 
 
 def _is_fresh(connection: Connection) -> bool:

@@ -7,7 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from torch_elastic_mem.broker.state import DeviceState, MachineState
+from torch_elastic_mem.broker.state import DeviceState, MachineState, SharedState
 from torch_elastic_mem.screen.bar import bar, class_style, legend
 from torch_elastic_mem.screen.cells import COLUMNS, RIGHT, account_cells, headline, printable, title
 from torch_elastic_mem.units import format_bytes
@@ -39,6 +39,7 @@ def device_panel(device: DeviceState, width: int) -> Panel:
     shown: list[RenderableType] = [bar(device, max(10, width - _AROUND_BAR)), legend(device)]
     if waiting := _waiting(device):
         shown.append(Text(waiting, style="yellow"))
+    shown += [Text(_shared(each), style="dim") for each in device.shared]
     if device.accounts:
         shown += ["", accounts_table(device, width)]
     return Panel(Group(*shown), title=Text(title(device)), padding=(0, 2))
@@ -66,6 +67,12 @@ def accounts_table(device: DeviceState, width: int) -> Table:
                 row.append(Text(cell, style=style))
         table.add_row(*row)
     return table
+
+
+def _shared(shared: SharedState) -> str:
+    """What several processes have mapped, and the part that each counts for."""
+    members = (f"{printable(each.process)}/{each.pid} {format_bytes(each.share)}" for each in shared.members)
+    return f"shared '{printable(shared.name)}', {format_bytes(shared.bytes)} once: {', '.join(members)}"
 
 
 def _waiting(device: DeviceState) -> str:

@@ -64,6 +64,22 @@ class Sharing {
       floor_.release(own);
       floor_.release(imported);
     });
+    property("what was allowed to be read is read and not written, by whoever may write elsewhere", [&] {
+      Pages pages(floor_, 4);
+      const Handle own = floor_.create(2 * page_);
+      put_at(pages.at(0), own);
+      const Handle imported = floor_.import_fd(floor_.export_fd(own, Access::kRead));
+      floor_.map(pages.at(2), 2 * page_, imported);
+      floor_.allow(pages.at(2), 2 * page_, Access::kRead);
+      rung_.put(pages.at(0), 0x5eed);
+      CHECK_EQ(rung_.get(pages.at(2)), 0x5eedU);
+      CHECK_REFUSED(floor_.zero(pages.at(2), page_, 0), cuda::kInvalidValue);
+      floor_.zero(pages.at(0), page_, 0);
+      CHECK_EQ(rung_.get(pages.at(2)), 0U);
+      floor_.unmap(pages.at(0), 4 * page_);
+      floor_.release(own);
+      floor_.release(imported);
+    });
   }
 
  private:
