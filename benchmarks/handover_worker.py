@@ -116,8 +116,9 @@ class Tenant:
         layers = [torch.nn.Linear(width, width) for _ in range(8)]
         model = torch.nn.Sequential(*layers).to(device)
         optimizer = torch.optim.AdamW(model.parameters())
-        ballast = [torch.empty(EXTENT, dtype=torch.uint8, device=device) for _ in range(64)]
-        ballast.clear()  # cache
+        count = self._account.held // EXTENT // 2 if device.type == "cpu" else 64
+        ballast = [torch.empty(EXTENT, dtype=torch.uint8, device=device) for _ in range(count)]
+        ballast.clear()  # and so a cache
         while not self._over.is_set():
             loss = model(torch.randn(width // 4, width, device=device)).square().mean()
             optimizer.zero_grad()

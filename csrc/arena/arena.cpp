@@ -338,7 +338,7 @@ size_t Arena::refill() {
 ArenaState Arena::state() {
   const Lock held = lock();
   ArenaState state;
-  state.capacity = ledger_.capacity();
+  state.capacity = upstream_ ? upstream_->capacity() : ledger_.capacity();
   state.leased = ledger_.leased();
   state.free = upstream_ ? leases() - ledger_.leased() : ledger_.free();
   state.reserve_low = ledger_.reserve();

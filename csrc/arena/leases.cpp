@@ -22,7 +22,7 @@ size_t Arena::leases() const {
 /// Unused lease that an account keeps, so that growth by small steps costs no message. Nothing need lie
 /// behind it, and it is the first thing to go when another account wants memory.
 size_t Arena::unused_kept() const {
-  return std::clamp(round_down(ledger_.capacity() / 64, granularity()), granularity(), kMaxExtent);
+  return std::clamp(round_down(upstream_->capacity() / 64, granularity()), granularity(), kMaxExtent);
 }
 
 size_t Arena::unused(AccountId id) const {

@@ -41,7 +41,7 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
   const std::string& path() const { return connection_.path(); }
   bool connected() const { return connection_.number() != 0; }
   /// Bytes of the device that the broker shares out, as it said when the connection began.
-  size_t capacity() const { return capacity_; }
+  size_t capacity() const noexcept override { return capacity_; }
 
   /// Serves the arena from now on, until stop().
   void start(const std::shared_ptr<Arena>& arena);
@@ -108,7 +108,7 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
 
   const Identity identity_;
   Connection connection_;
-  size_t capacity_ = 0;
+  std::atomic<size_t> capacity_{0};
   std::weak_ptr<Arena> owner_;
   Arena* arena_ = nullptr;  // the receiving thread ends before the arena does
 

@@ -106,6 +106,9 @@ class Tenant:
         self.training = threading.Thread(target=run)
         self.training.start()
 
+    def steps(self) -> int:
+        return len(self.losses)
+
     def trained(self) -> list[float]:
         assert self.training is not None
         self.running = False
