@@ -40,8 +40,10 @@ class Pair:
         self._size = size
 
     def bare(self, extent: int) -> float:
-        """The bare driver: the hog unmaps and releases, the taker creates and maps. What it takes to tell is
-        not counted. The hog has it back afterwards."""
+        """The bare driver: the hog unmaps and releases, the taker creates and maps.
+
+        What it takes to tell is not counted. The hog has it back afterwards.
+        """
         given: int = self._hog.ask({"do": "floor_give", "extent": extent})
         taken: int = self._taker.ask({"do": "floor_take", "size": self._size, "extent": extent})
         self._taker.ask({"do": "floor_give", "extent": extent})

@@ -1,7 +1,7 @@
 """A process of the soak: takes and gives memory at random until it is told to stop, or is killed.
 
-Run by benchmarks.soak as python -m benchmarks.soak_tenant BACKEND CLASS SEED. Every line it prints is a JSON list of
-what it has done so far: growths, denials, yields, and errors as texts.
+Run by benchmarks.soak as python -m benchmarks.soak_tenant BACKEND CLASS SEED. Every line it prints is a JSON
+list of what it has done so far: growths, denials, yields, and errors as texts.
 """
 
 from __future__ import annotations
@@ -93,7 +93,12 @@ class Tenant:
 def main(backend: str, priority: str, seed: str) -> None:
     tenant = Tenant(backend, priority, int(seed))
     over = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
+
+    def watch() -> None:
+        sys.stdin.read()
+        over.set()
+
+    threading.Thread(target=watch, daemon=True).start()
 
     def say() -> None:
         told = [tenant.grown, tenant.denied, tenant.yielded, tenant.errors]

@@ -59,8 +59,11 @@ void Connection::disconnect() noexcept {
 bool Connection::flush() noexcept {
   while (!unsent_.empty()) {
     const Bytes& message = unsent_.front();
-    if (::send(socket_.get(), message.data(), message.size(), MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
-      return errno == EAGAIN || errno == EINTR || errno == ENOBUFS;
+    if (::send(socket_.get(), message.data(), message.size(), MSG_NOSIGNAL | MSG_DONTWAIT) < 0) {
+      if (errno == EAGAIN || errno == EINTR || errno == ENOBUFS) return true;
+      // Whoever has closed the other end may have said why before: that is still to be received.
+      if (errno != EPIPE && errno != ECONNRESET) return false;
+    }
     unsent_.pop_front();
   }
   return true;
@@ -100,7 +103,10 @@ Connection::Event Connection::wait(Deadline deadline, Bytes& message) {
   }
   if ((entries[1].revents & (POLLIN | POLLHUP | POLLERR)) == 0) return Event::kNothing;
   message.resize(kLargest + 1);
-  const ssize_t got = ::recv(entries[1].fd, message.data(), message.size(), MSG_DONTWAIT);
+  ssize_t got = ::recv(entries[1].fd, message.data(), message.size(), MSG_DONTWAIT);
+  // Told once, before what was sent: the other end closed with something unread.
+  if (got < 0 && errno == ECONNRESET)
+    got = ::recv(entries[1].fd, message.data(), message.size(), MSG_DONTWAIT);
   if (got < 0 && (errno == EAGAIN || errno == EINTR)) return Event::kNothing;
   if (got <= 0) return Event::kGone;
   message.resize(static_cast<size_t>(got));

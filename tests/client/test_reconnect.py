@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from tests.client.conftest import Opened
 from tests.client.scripted import MiB, Scripted
 from tests.rungs import Rung
 from torch_elastic_mem.broker.protocol import (
+    NOT_PERMITTED,
     WRONG_VERSION,
     Demand,
     Grant,
@@ -141,6 +143,23 @@ def test_a_broker_of_another_version_is_refused_in_its_words(rung: Rung, broker:
     broker.refuse_hello = bytes(refusal)
     with pytest.raises(tem.BrokerError, match="this broker speaks version 9"):
         rung.arena("8MiB", broker=broker.path)
+
+
+def test_a_broker_that_refuses_before_it_has_heard_anything_is_understood(rung: Rung, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        path = str(tmp_path / "full.sock")
+        listening.bind(path)
+        listening.listen()
+
+        def refuse() -> None:
+            with listening.accept()[0] as connected:
+                connected.send(encode(0, Refused(NOT_PERMITTED, "user 7 has 64 connections already")))
+
+        refusing = threading.Thread(target=refuse)
+        refusing.start()
+        with pytest.raises(tem.BrokerError, match="user 7 has 64 connections already"):
+            rung.arena("8MiB", broker=path)
+        refusing.join()
 
 
 def test_a_broker_that_is_not_there_is_an_error_that_says_how_to_start_one(

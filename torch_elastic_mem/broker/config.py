@@ -107,7 +107,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if grant.uid == uid:
                 return grant
         if uid in (0, os.geteuid()):
-            return Grant(uid, max_value=HIGHEST_VALUE, max_min=2**63 - 1, connections=1024)
+            return Grant(uid, max_value=HIGHEST_VALUE, max_min=2**63 - 1, connections=4096)
         return Grant(uid)
 
 
