@@ -146,6 +146,12 @@ void bind_allocator(py::module_& module) {
           },
           py::arg("bytes"), py::arg("stream"), Unlocked())
       .def(
+          "allocate_at",
+          [](Heap& self, Address address, size_t bytes, Stream stream) {
+            return self.allocate_at(reinterpret_cast<void*>(address), bytes, stream);
+          },
+          py::arg("address"), py::arg("bytes"), py::arg("stream"), Unlocked())
+      .def(
           "free", [](Heap& self, Address address) { self.free(reinterpret_cast<void*>(address)); },
           py::arg("address"), Unlocked())
       .def(

@@ -65,6 +65,7 @@ class Heap(RuleBasedStateMachine):
         self.streams = [0, _C.host_stream_create(), _C.host_stream_create()]
         self.submitted, self.completed = dict.fromkeys(self.streams, 0), dict.fromkeys(self.streams, 0)
         self.live: dict[int, Block] = {}
+        self.gone: list[Piece] = []
         self.tags = 0
         self.behind: list[Behind] = []
         self.uses: dict[PoolId, int] = {}
@@ -117,6 +118,7 @@ class Heap(RuleBasedStateMachine):
 
     def let_go(self, address: int) -> None:
         block = self.live.pop(address)
+        self.gone.append(block.piece)
         own = self.submitted[block.piece.stream]
         waits = {s: self.submitted[s] for s in block.others if not self.passed(s, self.submitted[s])}
         if waits or not self.passed(block.piece.stream, own):
@@ -148,6 +150,22 @@ class Heap(RuleBasedStateMachine):
             assert not block.piece.touches(piece), "two live blocks overlap"
         self.live[address] = Block(piece)
         self.write(address, self.live[address])
+
+    @rule(pick=PICKS, stream=STREAMS)
+    def allocate_where_one_was(self, pick: int, stream: int) -> None:
+        """It is there or it is not; what it is then lies where it was asked for, and obeys all else."""
+        handle = self.streams[stream]
+        pool = self.pool_for(handle)
+        if not self.gone or pool in self.released:
+            return
+        before = picked(self.gone, pick)
+        if not self.heap.allocate_at(before.address, before.bytes, handle):
+            return
+        piece = Piece(before.address, before.bytes, handle, pool)
+        for block in self.live.values():
+            assert not block.piece.touches(piece), "two live blocks overlap"
+        self.live[before.address] = Block(piece)
+        self.write(before.address, self.live[before.address])
 
     @rule(pick=PICKS)
     def free(self, pick: int) -> None:
