@@ -5,31 +5,43 @@ Run as python -m benchmarks.bench_broker --help.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 import torch_elastic_mem as tem
 from benchmarks import machine
-from benchmarks.broker_process import broker
+from benchmarks.broker_process import BrokerProcess
 from benchmarks.figures import time_of
 from benchmarks.options import errors_as_messages, out_option
 from benchmarks.results import TARGET_COLUMNS, Result, Table, command_line, target_row
 from benchmarks.terminal import progress, publish
 from benchmarks.timing import percentile, summarise
 from benchmarks.worker import started
+from torch_elastic_mem.broker.paths import BROKER
 
 IDLE, CROWD, BUSY = 200, 2000, 20
 PACE_S = 0.02  # of a busy client: fifty demands a second
 PARTS = 10
 
 
-def resident(pid: int) -> int:
-    """Bytes of a process's memory."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+@contextmanager
+def serving(options: list[str]) -> Iterator[BrokerProcess]:
+    """A broker that the processes started meanwhile find."""
+    with BrokerProcess(options) as broker:
+        before = os.environ.get(BROKER)
+        os.environ[BROKER] = broker.path
+        try:
+            yield broker
+        finally:
+            os.environ.pop(BROKER)
+            if before is not None:
+                os.environ[BROKER] = before
 
 
 @click.command()
@@ -46,7 +58,7 @@ def main(rounds: int, grants: int, out: Path | None) -> None:
     options = ["--device", "HOST=8GiB", "--reserve", "HOST=0,0"]
     with (
         errors_as_messages(),
-        broker(options) as (_, pid),
+        serving(options) as broker,
         started("broker_worker", names, "host") as workers,
     ):
         timed = workers["timed"]
@@ -69,7 +81,7 @@ def main(rounds: int, grants: int, out: Path | None) -> None:
         with progress("grants", grants) as advance:
             for _ in range(PARTS):
                 timed.ask({"do": "time", "rounds": grants // PARTS, "pause": 0.0}, timeout=3600)
-                memory.append(resident(pid))
+                memory.append(broker.resident())
                 advance(grants // PARTS)
     rows = []
     for name, values in raw.items():

@@ -1,4 +1,4 @@
-"""Hands memory from one process to another through the broker, beside the bare driver in the same run.
+"""Memory from one process to another through a broker, beside the bare driver between two processes.
 
 Run as python -m benchmarks.bench_handover --help.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,176 +16,186 @@ import click
 
 import torch_elastic_mem as tem
 from benchmarks import machine
-from benchmarks.broker_process import broker
-from benchmarks.figures import spread, time_of
-from benchmarks.handover_worker import EXTENT, FIXED_PAGE
+from benchmarks.broker_process import BrokerProcess, broker_for
+from benchmarks.floor.handover import HandoverFloor
+from benchmarks.handover_tables import IDLE, NO_GIL, RESERVE, TRAINING, Readings, tables
+from benchmarks.handover_worker import HOLDER, TAKER, TRAINER
 from benchmarks.options import backend_option, errors_as_messages, out_option, size_option
-from benchmarks.results import TARGET_COLUMNS, Result, Table, command_line, target_row
-from benchmarks.terminal import progress, publish
-from benchmarks.timing import paired_ratio, percentile, summarise
-from benchmarks.worker import Worker, started
+from benchmarks.results import Result, command_line
+from benchmarks.terminal import publish
+from benchmarks.timing import interleave
+from benchmarks.worker import Worker
 
-# Left to contexts and to what the bare driver hands over, on a GPU.
-ASIDE = 6 << 30
-GIL_HELD = 0.5  # seconds
-MILLISECOND = 1e6
+MIB = 1 << 20
+PAGE = 2 * MIB
+EXTENT = 64 * MIB
+# Stays free on the device, as the broker's lower mark: a device with nothing free makes every create wait.
+FREE = {"host": 0, "cuda": 256 * MIB}
+_GIL_SECONDS = 0.5
 
-Readings = dict[str, list[float]]
 
+class Bench:
+    """The processes of one run, all on one device."""
 
-class Pair:
-    """The two processes."""
-
-    def __init__(self, hog: Worker, taker: Worker, size: int) -> None:
-        self._hog = hog
-        self._taker = taker
+    def __init__(self, backend: str, size: int, rounds: int) -> None:
+        self._backend = backend
         self._size = size
+        self._rounds = rounds
+        self._few = max(2, rounds // 4)
+        self._stack = ExitStack()
 
-    def bare(self, extent: int) -> float:
-        """The bare driver: the hog unmaps and releases, the taker creates and maps.
+    def __enter__(self) -> Bench:
+        with ExitStack() as stack:
+            with tem.Arena(
+                self._backend, capacity=PAGE if self._backend == "host" else None, broker=None
+            ) as arena:
+                self.uuid = None if arena.backend == "host" else arena.uuid
+                kind = arena.backend
+                # They hold theirs before the broker comes: it shares out the rest.
+                self._floor = stack.enter_context(HandoverFloor(self._backend, self._size, EXTENT))
+                self._pages = stack.enter_context(HandoverFloor(self._backend, self._size, PAGE))
+                for floor in (self._floor, self._pages):
+                    floor.hold()
+                self._broker: BrokerProcess = stack.enter_context(
+                    broker_for(arena, 2 * self._size, FREE[kind])
+                )
+            self._taker = self._start(stack, TAKER)
+            self._stack = stack.pop_all()
+        return self
 
-        What it takes to tell is not counted. The hog has it back afterwards.
-        """
-        given: int = self._hog.ask({"do": "floor_give", "extent": extent})
-        taken: int = self._taker.ask({"do": "floor_take", "size": self._size, "extent": extent})
-        self._taker.ask({"do": "floor_give", "extent": extent})
-        self._hog.ask({"do": "floor_take", "size": self._size, "extent": extent})
-        return given + taken
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
 
-    def prepare_bare(self, extent: int) -> None:
-        self._hog.ask({"do": "floor_take", "size": self._size, "extent": extent})
+    def run(self) -> dict[str, Readings]:
+        """All of it, from the emptiest victim to the busiest."""
+        raw = {}
+        with self._start(self._stack, HOLDER) as holder:
+            raw[IDLE] = self._idle(holder)
+            raw[NO_GIL] = self._without_gil(holder)
+            holder.ask({"op": "empty"})
+            raw[RESERVE] = self._reserve()
+        with self._start(self._stack, TRAINER) as trainer:
+            raw[TRAINING] = self._training(trainer)
+            trainer.ask({"op": "end"})
+        with self._broker.control() as control:
+            yields = [event.duration_ns for event in control.events() if event.kind == "yield"]
+        raw["asks"] = {"yield": [float(each) for each in yields]}
+        return raw
 
-    def create(self) -> float:
-        """The bare driver's create and map, with memory to spare."""
-        taken: int = self._taker.ask({"do": "floor_take", "size": self._size, "extent": EXTENT})
-        self._taker.ask({"do": "floor_give", "extent": EXTENT})
-        return taken
+    def _idle(self, holder: Worker) -> Readings:
+        holder.ask({"op": "fill"})
+        readings = self._interleave(
+            IDLE, self._rounds, take=self._take, give=self._give, fill=lambda: self._fill(holder)
+        )
+        return readings
 
-    def take(self) -> float:
-        taken: int = self._taker.ask({"do": "take", "size": self._size})
-        return taken
+    def _without_gil(self, holder: Worker) -> Readings:
+        def take() -> float:
+            holder.ask({"op": "hold_gil", "seconds": _GIL_SECONDS})
+            time.sleep(0.05)
+            answer = self._ask_for_memory()
+            held = holder.ask({"op": "held"})
+            if not held["start"] < answer["end"] - answer["ns"] < answer["end"] < held["end"]:
+                raise tem.TemError("the victim did not hold the GIL for all of the handover")
+            return float(answer["ns"])
 
-    def give(self) -> None:
-        self._taker.ask({"do": "give"})
+        return self._interleave(
+            NO_GIL, self._few, take=take, give=self._give, fill=lambda: self._fill(holder)
+        )
 
-    def refill(self) -> None:
-        self._hog.ask({"do": "fill"})
+    def _reserve(self) -> Readings:
+        return interleave(
+            {
+                "floor": self._floor.create,
+                "floor give": self._floor.give,
+                "pages": self._pages.create,
+                "pages give": self._pages.give,
+                "take": self._take,
+                "give": self._give,
+            },
+            self._rounds,
+            label=RESERVE,
+        )
+
+    def _training(self, trainer: Worker) -> Readings:
+        steps = trainer.ask({"op": "steps"})
+        start = time.perf_counter()
+        self._fill(trainer)
+        readings = self._interleave(
+            TRAINING, self._few, take=self._take, give=self._give, fill=lambda: self._fill(trainer)
+        )
+        steps = trainer.ask({"op": "steps"}) - steps
+        readings["steps a second"] = [steps / (time.perf_counter() - start)]
+        return readings
+
+    def _interleave(self, label: str, rounds: int, **ours: Callable[[], float]) -> Readings:
+        cases: dict[str, Callable[[], float]] = {}
+        for name, floor in (("floor", self._floor), ("pages", self._pages)):
+            cases |= {name: floor.take, f"{name} give": floor.give, f"{name} hold": floor.hold}
+        return interleave(cases | ours, rounds, label=label)
+
+    def _start(self, stack: ExitStack, role: str) -> Worker:
+        worker = stack.enter_context(Worker("handover_worker", role, self._backend))
+        worker.ask({"op": "open", "path": self._broker.path})
+        return worker
+
+    def _ask_for_memory(self) -> dict[str, Any]:
+        answer: dict[str, Any] = self._taker.ask({"op": "take", "nbytes": self._size})
+        return answer
+
+    def _take(self) -> float:
+        return float(self._ask_for_memory()["ns"])
+
+    def _give(self) -> float:
+        self._taker.ask({"op": "give"})
+        return 0.0
+
+    def _fill(self, victim: Worker) -> float:
+        """The victim has all again that the taker gave back."""
+        victim.ask({"op": "fill"})
+        with self._broker.control() as control:
+            (device,) = control.state().devices
+        # Less than an extent may be left over beside those of a fill.
+        if device.free >= self._size:
+            raise tem.TemError(
+                f"{tem.format_bytes(device.free)} is free: the victim does not fill the device"
+            )
+        return float(device.free)
 
 
-def measure(hog: Worker, taker: Worker, size: int, rounds: int) -> Readings:
-    """All rows, round by round, so that what is compared ran in the same minute."""
-    pair = Pair(hog, taker, size)
-    names = ("bare", "pages", "idle", "create", "reserve", "busy", "training")
-    readings: Readings = {name: [] for name in names}
-    for extent in (EXTENT, FIXED_PAGE):
-        pair.prepare_bare(extent)
-    pair.create()
-    with progress("handover", rounds) as advance:
-        for _ in range(rounds):
-            readings["create"].append(pair.create())
-            hog.ask({"do": "give"})
-            readings["reserve"].append(pair.take())
-            pair.give()
-            pair.refill()
-            readings["bare"].append(pair.bare(EXTENT))
-            readings["pages"].append(pair.bare(FIXED_PAGE))
-            readings["idle"].append(pair.take())
-            pair.give()
-            pair.refill()
-            advance(1)
-    few = max(3, rounds // 10)
-    with progress("a victim that holds the GIL", few) as advance:
-        for _ in range(few):
-            hog.ask({"do": "hold_gil", "seconds": GIL_HELD})
-            time.sleep(0.1)
-            readings["busy"].append(pair.take())
-            pair.give()
-            pair.refill()
-            advance(1)
-    hog.ask({"do": "train"})
-    time.sleep(3)
-    with progress("a victim that trains", rounds) as advance:
-        for _ in range(rounds):
-            readings["training"].append(pair.take())
-            pair.give()
-            time.sleep(0.02)
-            advance(1)
-    hog.ask({"do": "trained"})
-    return readings
+def run(backend: str, size: int, rounds: int, arguments: Sequence[str]) -> Result:
+    """Measures everything on one device.
 
-
-def tables(size: int, raw: Readings) -> list[Table]:
-    amount = tem.format_bytes(size)
-    rows = [
-        ("idle", "from an idle process that holds the device", "bare"),
-        ("reserve", "from the free reserve", "create"),
-        ("busy", f"from one that holds the GIL for {GIL_HELD} s", None),
-        ("training", "from one that trains flat out", None),
-    ]
-
-    def row(name: str, what: str, floor: str | None) -> list[str]:
-        values = raw[name]
-        times = [time_of(summarise(values)), f"{percentile(values, 99) / MILLISECOND:.2f} ms"]
-        if floor is None:
-            return [what, *times, "-", "-"]
-        return [
-            what,
-            *times,
-            time_of(summarise(raw[floor])),
-            spread(paired_ratio(values, raw[floor])),
-        ]
-
-    shown = [row(*each) for each in rows]
-    pages = summarise(raw["pages"])
-    shown.append(["the bare driver, in fixed pages of 2 MiB", time_of(pages), "-", "-", "-"])
-    handed = Table(
-        f"{amount} from one process to another",
-        ["what", "median", "p99", "bare driver", "ratio"],
-        shown,
-        "Extents of 64 MiB. Bare: unmap and release there, create and map here, without the message between; "
-        "from the reserve: create and map. Ratio: median, round by round, with its quartiles.",
+    Raises:
+        tem.TemError: the device is missing, or a demand was not met.
+        FloorError, WorkerError: a process of the bench failed.
+    """
+    with Bench(backend, size, rounds) as bench:
+        raw = bench.run()
+    return Result(
+        benchmark="bench_handover",
+        command=command_line("bench_handover", arguments),
+        machine=machine.facts(gpu_uuid=bench.uuid),
+        settings={"backend": backend, "size": size, "rounds": rounds},
+        tables=tables(size, raw),
+        raw=dict(raw),
     )
-    idle, reserve = paired_ratio(raw["idle"], raw["bare"]), paired_ratio(raw["reserve"], raw["create"])
-    worst, training = percentile(raw["idle"], 99) / MILLISECOND, summarise(raw["training"]).median
-    targets = [
-        target_row("idle process, over the bare handover", f"{idle.median:.2f}", "1.3", idle.median <= 1.3),
-        target_row("idle process, p99", f"{worst:.2f} ms", "12 ms", worst <= 12),
-        target_row("reserve, over create and map", f"{reserve.median:.2f}", "1.3", reserve.median <= 1.3),
-        target_row(
-            "training process, median",
-            f"{training / MILLISECOND:.2f} ms",
-            "10 ms",
-            training <= 10 * MILLISECOND,
-        ),
-    ]
-    return [handed, Table("Targets, for 1 GiB on a GPU", TARGET_COLUMNS, targets)]
 
 
 @click.command()
 @backend_option
-@size_option("--size", "What is handed over. [default: 1GiB, 256MiB on the host]")
-@click.option("--rounds", default=50, show_default=True, type=click.IntRange(3))
+@size_option("--size", "Bytes to hand over, in whole 64 MiB. [default: 1GiB; 256MiB on host]")
+@click.option("--rounds", type=click.IntRange(2), help="Readings of each case. [default: 200; 20 on host]")
 @out_option
-def main(backend: str, size: int | None, rounds: int, out: Path | None) -> None:
-    """Hands memory from one process to another through the broker, beside the bare driver."""
-    size = size or (256 << 20 if backend == "host" else 1 << 30)
+def main(backend: str, size: int | None, rounds: int | None, out: Path | None) -> None:
+    """Hand memory from process to process through a broker, beside the bare driver."""
+    host = backend in ("host", "cpu")
+    if size is None:
+        size = 256 * MIB if host else 1024 * MIB
+    if size <= 0 or size % EXTENT:
+        raise click.BadParameter("must be a multiple of 64 MiB", param_hint="--size")
     with errors_as_messages():
-        with Worker("handover_worker", "probe", backend) as probe:
-            device: dict[str, Any] = probe.ask({})
-        uuid = "HOST" if backend == "host" else device["uuid"]
-        capacity = 4 * size + EXTENT if backend == "host" else device["free"] - ASIDE - 2 * size
-        options = ["--device", f"{uuid}={capacity}", "--reserve", f"{uuid}=0,0"]
-        with broker(options), started("handover_worker", ["hog", "taker"], backend) as workers:
-            workers["hog"].ask({"do": "fill"})
-            raw = measure(workers["hog"], workers["taker"], size, rounds)
-    result = Result(
-        "bench_handover",
-        command_line("bench_handover", sys.argv[1:]),
-        machine.facts(gpu_uuid=None if backend == "host" else uuid),
-        {"size": size, "rounds": rounds, "capacity": capacity},
-        tables(size, raw),
-        raw,
-    )
+        result = run(backend, size, rounds or (20 if host else 200), sys.argv[1:])
     publish(result, out, backend)
 
 

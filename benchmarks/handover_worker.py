@@ -1,12 +1,12 @@
-"""One of two processes that hand memory to each other: `python -m benchmarks.handover_worker ROLE BACKEND`.
+"""A process of bench_handover: it holds memory that is idle, trains, or takes what others have.
 
-The hog is of a lower class and holds everything, the taker of a higher one and wants some of it.
+Requests name an operation, which is a method, and its arguments.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
+import gc
 import threading
 import time
 from typing import Any
@@ -14,136 +14,196 @@ from typing import Any
 import torch
 
 import torch_elastic_mem as tem
-from benchmarks.floor import Floor
-from benchmarks.timing import elapsed_ns
+from benchmarks.train_models import make_job
 from benchmarks.worker import Handler, serve
+from torch_elastic_mem import _C
+from torch_elastic_mem.elastic_range import ElasticRange
 
-EXTENT = 64 << 20
-FIXED_PAGE = 2 << 20
-CLASSES = {"hog": "training", "taker": "serving"}
+TAKER, HOLDER, TRAINER = "taker", "holder", "trainer"
+CLASSES = {TAKER: "serving", HOLDER: "idle", TRAINER: "training"}
+MIB = 1 << 20
+# Waited for before a demand that cannot be met is given up: a fill ends with one.
+_FILL_SECONDS = 0.05
+_TAKE_SECONDS = 10.0
 
 
-class Tenant:
-    """Answers the requests of one role: each has a `do`, and what that needs."""
+class HandoverWorker:
+    """What every one of them can: open and close."""
 
     def __init__(self, role: str, backend: str) -> None:
         self._role = role
         self._backend = backend
-        self._arena = tem.Arena(backend)
-        self._account = self._arena.account(role, CLASSES[role])
-        self._range = self._account.range(256 << 30, keep=256 << 30, extent=EXTENT)
-        self._floors: dict[int, Floor] = {}
-        self._training: threading.Thread | None = None
-        self._over = threading.Event()
-        self._steps = 0
 
     def __call__(self, request: dict[str, Any]) -> Any:
-        return getattr(self, request.pop("do"))(**request)
+        """Does what a request says."""
+        return getattr(self, request.pop("op"))(**request)
 
-    # The arena.
+    def open(self, path: str) -> dict[str, int]:
+        """Connects to the broker."""
+        timeout = _TAKE_SECONDS if self._role == TAKER else _FILL_SECONDS
+        self.arena = tem.Arena(self._backend, broker=path, yield_timeout=timeout)
+        self.account = self.arena.account(self._role, CLASSES[self._role])
+        return {"capacity": self.arena.capacity}
+
+
+class Taker(HandoverWorker):
+    """Takes memory, and says how long it took."""
+
+    def take(self, nbytes: int) -> dict[str, int]:
+        """Grows a range; ends when the memory is accessible."""
+        self._memory = self.account.range(nbytes)
+        start = time.perf_counter_ns()
+        self._memory.grow(nbytes)
+        return {"ns": time.perf_counter_ns() - start, "end": time.monotonic_ns()}
+
+    def give(self) -> None:
+        """Gives it back, and the lease that an account keeps for its next growth too."""
+        self._memory.close()
+        self.account.close()
+        self.account = self.arena.account(self._role, CLASSES[self._role])
+
+
+class Holder(HandoverWorker):
+    """Holds whatever it can get, and nothing lives there."""
+
+    def open(self, path: str) -> dict[str, int]:
+        """Connects to the broker."""
+        self._memory: ElasticRange | None = None
+        opened = super().open(path)
+        self._most = opened["capacity"]
+        return opened
 
     def fill(self) -> int:
-        """Takes all that is free, and lets it lie idle; returns what is held."""
-        step = 16 * EXTENT
-        while step >= EXTENT:
+        """Takes what is free, and lets it idle; the bytes that it has then."""
+        capacity = self.arena.capacity
+        if self._memory is None:
+            self._memory = self.account.range(capacity, keep=capacity)
+        memory, step = self._memory, max(self._most, 2 * MIB)
+        while step >= 2 * MIB and memory.mapped < capacity:
             try:
-                self._range.grow(step, timeout=0.05)
+                memory.grow(min(step, capacity - memory.mapped))
             except tem.OutOfMemory:
                 step //= 2
-        self._drop()
-        return self._account.held
+        self._most = memory.mapped
+        memory.shrink(self._most)
+        return memory.resident
 
-    def take(self, size: int) -> int:
-        """Grows by `size` bytes; nanoseconds."""
-        return elapsed_ns(lambda: self._range.grow(size, timeout=10.0))
+    def empty(self) -> None:
+        """Gives all of it back."""
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+        self.account.close()
+        self.account = self.arena.account(self._role, CLASSES[self._role])
 
-    def give(self) -> int:
-        """Gives everything back to the broker; returns what is held still."""
-        self._drop()
-        self._account.trim()
-        return self._account.held
-
-    def _drop(self) -> None:
-        if self._range.mapped:
-            self._range.shrink(self._range.mapped)
-
-    # The bare driver.
-
-    def floor_take(self, size: int, extent: int) -> int:
-        if extent not in self._floors:
-            self._floors[extent] = Floor(self._arena.device, size, extent)
-        return self._floors[extent].take()
-
-    def floor_give(self, extent: int) -> int:
-        return self._floors[extent].give()
-
-    # What keeps a victim busy.
-
-    def hold_gil(self, seconds: float) -> None:
-        """From a moment after the answer on, no Python runs in this process for so long."""
+    def hold_gil(self, seconds: float) -> dict[str, int]:
+        """Lets no thread of this process run Python for so long, soon after the answer."""
+        spans = self._spans = {"start": 0, "end": 0}
 
         def hold() -> None:
-            time.sleep(0.05)
+            time.sleep(0.01)
+            spans["start"] = time.monotonic_ns()
+            # A PyDLL's functions are called with the GIL, as a C extension's are.
             ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+            spans["end"] = time.monotonic_ns()
 
         threading.Thread(target=hold).start()
+        return spans
 
-    def train(self) -> None:
-        """Trains until `trained`, from a cache that has much more than it needs."""
-        self._over.clear()
-        self._training = threading.Thread(target=self._train)
-        self._training.start()
+    def held(self) -> dict[str, int]:
+        """From when to when that was."""
+        while not self._spans["end"]:
+            time.sleep(0.001)
+        return self._spans
 
-    def trained(self) -> int:
-        """Ends it; returns the steps."""
-        assert self._training is not None
-        self._over.set()
-        self._training.join()
+
+class Trainer(HandoverWorker):
+    """Trains without a pause, beside a cache that it does not need."""
+
+    def open(self, path: str) -> dict[str, int]:
+        """Connects, and starts to train."""
+        opened = super().open(path)
+        self._filled = threading.Event()
+        self._wanted = threading.Event()
+        self._stop = False
+        self._steps = 0
+        self._error = ""
+        self._core = self.account.allocator()
+        if self.arena.backend == "cuda":
+            allocator = tem.torch_allocator(self.arena.device, self.account)
+            torch.cuda.memory.change_current_allocator(allocator)
+            self._device = torch.device(self.arena.device)
+            torch.cuda.set_device(self._device)
+            self._stream = torch.cuda.Stream()
+            self._filling = self._stream.cuda_stream
+        else:
+            torch.set_num_threads(1)
+            self._device = torch.device("cpu")
+            self._filling = _C.host_stream_create()
+        self._thread = threading.Thread(target=self._train)
+        self._thread.start()
+        return opened
+
+    def fill(self) -> dict[str, int]:
+        """Caches what is free, between two steps; returns after the next, when training has its memory."""
+        self._filled.clear()
+        self._wanted.set()
+        while not self._filled.wait(0.1):
+            if self._error:
+                raise tem.TemError(self._error)
+        stats = self._core.stats()
+        kinds = {"reserved": "reserved_bytes", "allocated": "allocated_bytes"}
+        return {name: stats[kind]["all"]["current"] for name, kind in kinds.items()}
+
+    def steps(self) -> int:
+        """How many it has made."""
         return self._steps
 
+    def end(self) -> None:
+        """Stops."""
+        self._stop = True
+        self._thread.join()
+
     def _train(self) -> None:
-        device = torch.device(self._arena.device)
-        if device.type == "cuda":
-            # The first use of torch's CUDA here.
-            torch.cuda.memory.change_current_allocator(tem.torch_allocator("cuda", account=self._account))
-            self._run(device, width=4096)
-            return
-        with self._account.allocations():
-            self._run(device, width=512)
+        try:
+            with self.account.allocations():
+                self._loop()
+        except BaseException as error:  # noqa: BLE001 - raised by whoever waits for a fill
+            self._error = f"training failed: {type(error).__name__}: {error}"
 
-    def _run(self, device: torch.device, width: int) -> None:
-        torch.manual_seed(0)
-        layers = [torch.nn.Linear(width, width) for _ in range(8)]
-        model = torch.nn.Sequential(*layers).to(device)
-        optimizer = torch.optim.AdamW(model.parameters())
-        count = self._account.held // EXTENT // 2 if device.type == "cpu" else 64
-        ballast = [torch.empty(EXTENT, dtype=torch.uint8, device=device) for _ in range(count)]
-        ballast.clear()  # and so a cache
-        while not self._over.is_set():
-            loss = model(torch.randn(width // 4, width, device=device)).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    def _loop(self) -> None:
+        on_cuda = self._device.type == "cuda"
+        model, batch, length = ("gpt-124m", 8, 1024) if on_cuda else ("gpt-tiny", 2, 128)
+        job = make_job(model, self._device, batch)
+        while not self._stop:
+            # Read as a training's log does, so that the CPU does not run away from the GPU.
+            float(job.step(length))
             self._steps += 1
+            if self._wanted.is_set():
+                self._wanted.clear()
+                self._cache()
+                float(job.step(length))
+                self._filled.set()
+        del job
+        gc.collect()
 
-
-class Probe:
-    """Says what the device has, outside of any broker."""
-
-    def __init__(self, backend: str) -> None:
-        with tem.Arena(backend, capacity="1GiB", broker=None) as arena:
-            self.uuid = arena.uuid
-        self.free = 0
-        if backend != "host":
-            self.free = torch.cuda.mem_get_info(arena.device)[0]
-
-    def __call__(self, request: dict[str, Any]) -> Any:
-        return {"uuid": self.uuid, "free": self.free}
+    def _cache(self) -> None:
+        """All of it lives at once: so it is done where training asks for nothing meanwhile."""
+        chunk = 64 * MIB if self._device.type == "cuda" else 4 * MIB
+        blocks = []
+        try:
+            while True:
+                blocks.append(self._core.allocate(chunk, self._filling))
+        except tem.OutOfMemory:
+            pass
+        finally:
+            for block in blocks:
+                self._core.free(block)
 
 
 def make(role: str, backend: str) -> Handler:
-    os.environ.setdefault("TEM_NAME", role)
-    return Probe(backend) if role == "probe" else Tenant(role, backend)
+    """A worker for a role."""
+    return {TAKER: Taker, HOLDER: Holder, TRAINER: Trainer}[role](role, backend)
 
 
 if __name__ == "__main__":

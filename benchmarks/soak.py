@@ -5,6 +5,7 @@ Run as python -m benchmarks.soak --help.
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -19,13 +20,12 @@ import msgspec
 
 import torch_elastic_mem as tem
 from benchmarks import machine
-from benchmarks.broker_process import broker
+from benchmarks.broker_process import BrokerProcess
 from benchmarks.options import backend_option, errors_as_messages, out_option, size_option
 from benchmarks.results import Result, Table, command_line
 from benchmarks.terminal import progress, publish
-from benchmarks.worker import ROOT, Worker
-from torch_elastic_mem.broker.control import ControlClient
-from torch_elastic_mem.broker.paths import Paths
+from benchmarks.worker import ROOT
+from torch_elastic_mem.broker.paths import BROKER
 from torch_elastic_mem.broker.state import DeviceState
 
 CLASSES = ("idle", "training", "training", "serving")
@@ -37,10 +37,15 @@ SETTLE_S = 30.0
 class Process:
     """A tenant's process and what it has said last."""
 
-    def __init__(self, backend: str, seed: int) -> None:
+    def __init__(self, backend: str, broker: str, seed: int) -> None:
         command = [sys.executable, "-m", "benchmarks.soak_tenant", backend, CLASSES[seed % 4], str(seed)]
         self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            cwd=ROOT,
+            env=os.environ | {BROKER: broker},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.said: tuple[int, int, int, list[str]] = (0, 0, 0, [])
         self._listener = threading.Thread(target=self._listen)
@@ -77,10 +82,10 @@ class Process:
 class Soak:
     """One run. `wrong` says, in words, what should not have been."""
 
-    def __init__(self, backend: str, uuid: str, paths: Paths, seed: int) -> None:
+    def __init__(self, backend: str, uuid: str, broker: BrokerProcess, seed: int) -> None:
         self._backend = backend
         self._uuid = uuid
-        self._paths = paths
+        self._broker = broker
         self._random = random.Random(seed)
         self._seed = seed
         self._living: list[Process] = []
@@ -88,13 +93,13 @@ class Soak:
         self.wrong: list[str] = []
 
     def device(self) -> DeviceState:
-        with ControlClient(self._paths.control) as control:
+        with self._broker.control() as control:
             return next(device for device in control.state().devices if device.uuid == self._uuid)
 
     def start(self, count: int) -> None:
         for _ in range(count):
             self._seed += 1
-            self._living.append(Process(self._backend, self._seed))
+            self._living.append(Process(self._backend, self._broker.path, self._seed))
 
     def run(self, seconds: float, kill_every: float) -> None:
         begin = time.monotonic()
@@ -166,13 +171,12 @@ def main(
 ) -> None:
     """Soaks a device: processes take, give, yield, are stopped and killed at random. Lost bytes must be 0."""
     with errors_as_messages():
-        with Worker("handover_worker", "probe", backend) as probe:
-            found = probe.ask({})
-        uuid = "HOST" if backend == "host" else found["uuid"]
-        shared = capacity or (512 << 20 if backend == "host" else found["free"] - ASIDE)
+        with tem.Arena(backend, capacity="2MiB" if backend == "host" else None, broker=None) as arena:
+            uuid = "HOST" if arena.backend == "host" else arena.uuid
+            shared = capacity or (512 << 20 if arena.backend == "host" else arena.capacity - ASIDE)
         options = ["--device", f"{uuid}={shared}", "--reserve", f"{uuid}=0,0"]
-        with broker(options) as (paths, _):
-            soak = Soak(backend, uuid, paths, seed)
+        with BrokerProcess(options) as broker:
+            soak = Soak(backend, uuid, broker, seed)
             soak.start(processes)
             time.sleep(1)
             soak.run(seconds, kill_every)
