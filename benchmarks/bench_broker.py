@@ -1,4 +1,4 @@
-"""Round trips of a demand that free memory covers, among idle and busy clients, and the broker's own memory.
+"""What a broker takes to grant what is free, beside many connections, and whether its memory stays flat.
 
 Run as python -m benchmarks.bench_broker --help.
 """
@@ -6,122 +6,185 @@ Run as python -m benchmarks.bench_broker --help.
 from __future__ import annotations
 
 import os
-import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
+import msgspec
 
 import torch_elastic_mem as tem
 from benchmarks import machine
+from benchmarks.broker_client import Figures, Load, Named, demands, echo
 from benchmarks.broker_process import BrokerProcess
 from benchmarks.figures import time_of
-from benchmarks.options import errors_as_messages, out_option
+from benchmarks.options import backend_option, errors_as_messages, out_option
 from benchmarks.results import TARGET_COLUMNS, Result, Table, command_line, target_row
 from benchmarks.terminal import progress, publish
-from benchmarks.timing import percentile, summarise
-from benchmarks.worker import started
-from torch_elastic_mem.broker.paths import BROKER
+from benchmarks.timing import Summary, percentile, summarise
 
-IDLE, CROWD, BUSY = 200, 2000, 20
-PACE_S = 0.02  # of a busy client: fifty demands a second
-PARTS = 10
+MANY = 2000
+OPTIONS = ["--device", "HOST=64GiB", "--reserve", "HOST=0,0"]
+# The broker's journal of events fills with the first grants; from there on its memory must be flat.
+JOURNAL = 65_536
+TENTHS = 10
+
+FLOOR = "bare socket: a message of a demand's size, and one of a grant's"
+ALONE = "200 idle; one demand after the other"
+SPACED = "200 idle; a demand every ms"
+PACED = "200 idle, and 20 that demand every 20 ms; a demand every ms"
+FLAT_OUT = "200 idle, and 20 that demand without a rest; one demand after the other"
+CROWD = f"{MANY:,} idle; a demand every ms"
+LOADS = {
+    ALONE: Load(),
+    SPACED: Load(gap=1000),
+    PACED: Load(busy=20, pause=20_000, gap=1000),
+    FLAT_OUT: Load(busy=20),
+    CROWD: Load(idle=MANY, gap=1000),
+}
+_P50_US = 40.0
+_P99_US = 150.0
+_GROWTH = 1.02
 
 
-@contextmanager
-def serving(options: list[str]) -> Iterator[BrokerProcess]:
-    """A broker that the processes started meanwhile find."""
-    with BrokerProcess(options) as broker:
-        before = os.environ.get(BROKER)
-        os.environ[BROKER] = broker.path
-        try:
-            yield broker
-        finally:
-            os.environ.pop(BROKER)
-            if before is not None:
-                os.environ[BROKER] = before
+class Readings(msgspec.Struct):
+    """All that was read.
+
+    Attributes:
+        floor: of the bare socket. loads: of the broker, by what was connected. resident: its bytes of memory
+            with those connections. tenths: its bytes after each tenth of the grants, the first before any.
+        cpu: seconds of CPU that those grants took it. grants: how many they were.
+    """
+
+    floor: Figures
+    loads: dict[str, Figures]
+    resident: dict[str, int]
+    tenths: list[int]
+    cpu: float
+    grants: int
+
+
+def measure(device: Named, rounds: int, grants: int) -> Readings:
+    """Runs everything on one broker.
+
+    Raises:
+        BuildError, WorkerError: the client does not build, or the broker did not grant.
+    """
+    config = f"[[grant]]\nuid = {os.geteuid()}\nmax_value = 1000\nconnections = {2 * MANY}\n"
+    found = Readings(echo(rounds), {}, {}, [], 0.0, grants // TENTHS * TENTHS)
+    with (
+        BrokerProcess(OPTIONS if device.uuid == "HOST" else [], config) as broker,
+        progress("grants", len(LOADS) + TENTHS) as advance,
+    ):
+        for what, load in LOADS.items():
+
+            def look(what: str = what) -> None:
+                found.resident[what] = broker.resident()
+
+            found.loads[what] = demands(broker.path, load, rounds, look, device=device)
+            advance(1)
+        demands(broker.path, Load(), min(grants, JOURNAL), device=device)
+        found.tenths.append(broker.resident())
+        before = broker.cpu_seconds()
+        for _ in range(TENTHS):
+            demands(broker.path, Load(), grants // TENTHS, device=device)
+            found.tenths.append(broker.resident())
+            advance(1)
+        found.cpu = broker.cpu_seconds() - before
+    return found
+
+
+def tables(found: Readings) -> list[Table]:
+    """Round trips, memory, and the targets."""
+    rows = [_row(FLOOR, found.floor, 0)]
+    rows += [_row(what, figures, found.resident[what]) for what, figures in found.loads.items()]
+    note = (
+        "From the sending of DEMAND to the receiving of GRANT in a client in C++, for 2 MiB that are free; a "
+        "RETURN of them follows, so that the next of several demands waits for that too. Others: demands a "
+        "second of the busy connections together."
+    )
+    columns = ["what", "p50", "p99", "others", "broker's memory"]
+    memory = Table(
+        f"Memory of the broker over {found.grants:,} grants, with 200 idle connections",
+        ["grants", "resident"],
+        [
+            [f"{found.grants * tenth // TENTHS:,}", tem.format_bytes(resident)]
+            for tenth, resident in enumerate(found.tenths)
+        ],
+        f"CPU of the broker for a DEMAND, its GRANT and the RETURN: {found.cpu / found.grants * 1e6:.1f} us.",
+    )
+    return [
+        Table("A demand that free memory covers", columns, rows, note),
+        memory,
+        Table("Targets", TARGET_COLUMNS, _targets(found)),
+    ]
+
+
+def _row(what: str, figures: Figures, resident: int) -> list[str]:
+    p99 = percentile(figures.readings, 99)
+    return [
+        what,
+        time_of(summarise(figures.readings)),
+        time_of(Summary(p99, p99, p99, 1)),
+        f"{figures.others:,.0f}/s" if figures.others else "",
+        tem.format_bytes(resident) if resident else "",
+    ]
+
+
+def _targets(found: Readings) -> list[list[str]]:
+    rows = []
+    for what in (ALONE, PACED):
+        readings = found.loads[what].readings
+        p50, p99 = summarise(readings).median / 1e3, percentile(readings, 99) / 1e3
+        rows.append(target_row(f"{what}: p50", f"{p50:.1f} us", f"at most {_P50_US:g} us", p50 <= _P50_US))
+        rows.append(target_row("the same: p99", f"{p99:.1f} us", f"at most {_P99_US:g} us", p99 <= _P99_US))
+    growth = found.tenths[-1] / found.tenths[0]
+    what = f"memory after {found.grants:,} grants, over that before"
+    return [*rows, target_row(what, f"{growth:.3f}", f"at most {_GROWTH:g}", growth <= _GROWTH)]
+
+
+def run(backend: str, rounds: int, grants: int, arguments: Sequence[str]) -> Result:
+    """Measures, and makes the result.
+
+    Raises:
+        tem.TemError: the device is missing. BuildError, WorkerError: as `measure`.
+    """
+    device, uuid = Named(), None
+    if backend not in ("host", "cpu"):
+        with tem.Arena(backend, broker=None) as arena:
+            device, uuid = Named(arena.uuid, arena.capacity), arena.uuid
+    found = measure(device, rounds, grants)
+    return Result(
+        benchmark="bench_broker",
+        command=command_line("bench_broker", arguments),
+        machine=machine.facts(gpu_uuid=uuid),
+        settings={"backend": backend, "rounds": rounds, "grants": grants},
+        tables=tables(found),
+        raw=msgspec.to_builtins(found),
+    )
 
 
 @click.command()
-@click.option("--rounds", default=2000, show_default=True, type=click.IntRange(10))
-@click.option("--grants", default=400_000, show_default=True, type=click.IntRange(10))
+@backend_option
+@click.option(
+    "--rounds", type=click.IntRange(20), default=5000, show_default=True, help="Demands timed of each kind."
+)
+@click.option(
+    "--grants",
+    type=click.IntRange(TENTHS),
+    default=200_000,
+    show_default=True,
+    help="Over which the broker's memory is watched.",
+)
 @out_option
-def main(rounds: int, grants: int, out: Path | None) -> None:
-    """Times the broker: a demand that free memory covers, from the call to its return."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # the broker inherits it
-    raw: dict[str, list[float]] = {}
-    memory: list[int] = []
-    names = ["timed", *(f"busy{number}" for number in range(BUSY))]
-    options = ["--device", "HOST=8GiB", "--reserve", "HOST=0,0"]
-    with (
-        errors_as_messages(),
-        serving(options) as broker,
-        started("broker_worker", names, "host") as workers,
-    ):
-        timed = workers["timed"]
-        for worker in workers.values():
-            worker.ask({"do": "time", "rounds": 1, "pause": 0.0})
+def main(backend: str, rounds: int, grants: int, out: Path | None) -> None:
+    """Time a broker's answers with many connected, and watch its memory.
 
-        def series(name: str, pause: float = 0.0, count: int = rounds) -> None:
-            raw[name] = timed.ask({"do": "time", "rounds": count, "pause": pause})
-
-        series("alone")
-        series("alone, 1 ms apart", 0.001, rounds // 4)
-        timed.ask({"do": "connect", "count": IDLE})
-        for name in names[1:]:
-            workers[name].ask({"do": "start", "pause": PACE_S})
-        series("200 idle, 20 busy")
-        for name in names[1:]:
-            workers[name].ask({"do": "stop"})
-        crowd = timed.ask({"do": "connect", "count": CROWD})
-        series(f"{crowd} idle")
-        with progress("grants", grants) as advance:
-            for _ in range(PARTS):
-                timed.ask({"do": "time", "rounds": grants // PARTS, "pause": 0.0}, timeout=3600)
-                memory.append(broker.resident())
-                advance(grants // PARTS)
-    rows = []
-    for name, values in raw.items():
-        tail = f"{percentile(values, 99) / 1000:.1f} us"
-        rows.append([name, time_of(summarise(values)), tail])
-    trips = Table(
-        "A demand that free memory covers",
-        ["clients", "median", "p99"],
-        rows,
-        f"From Account.reserve to its return. A busy client makes {1 / PACE_S:.0f} demands a second.",
-    )
-    # The first half fills the journal of events, which is bounded.
-    growth = memory[-1] - memory[PARTS // 2 - 1]
-    flat = Table(
-        f"The broker's memory over {grants} grants",
-        ["after", "resident"],
-        [[f"{(part + 1) * grants // PARTS}", tem.format_bytes(size)] for part, size in enumerate(memory)],
-    )
-    busy = raw["200 idle, 20 busy"]
-    median, tail_us = summarise(busy).median / 1000, percentile(busy, 99) / 1000
-    targets = [
-        target_row("round trip, 200 idle and 20 busy, median", f"{median:.1f} us", "40 us", median <= 40),
-        target_row("the same, p99", f"{tail_us:.1f} us", "150 us", tail_us <= 150),
-        target_row("clients at once", str(crowd), str(CROWD), crowd >= CROWD),
-        target_row(
-            "memory gained over the second half of the grants",
-            tem.format_bytes(max(0, growth)),
-            "1 MiB",
-            growth <= 1 << 20,
-        ),
-    ]
-    result = Result(
-        "bench_broker",
-        command_line("bench_broker", sys.argv[1:]),
-        machine.facts(),
-        {"rounds": rounds, "grants": grants},
-        [trips, flat, Table("Targets", TARGET_COLUMNS, targets)],
-        {"round_trips": raw, "memory": memory},
-    )
-    publish(result, out, "host")
+    On a GPU the broker looks at its memory meanwhile; clients only name it.
+    """
+    with errors_as_messages():
+        result = run(backend, rounds, grants, sys.argv[1:])
+    publish(result, out, backend)
 
 
 if __name__ == "__main__":
