@@ -189,14 +189,6 @@ Yielded Arena::yield(AccountId id, size_t bytes, Rung worst, Deadline deadline, 
   return out;
 }
 
-void Arena::limits_changed(AccountId id, const std::string& priority, const Limits& limits,
-                           Deadline deadline) {
-  Lock lock = this->lock();
-  ledger_.set_limits(id, limits);
-  tallies_.at(id).priority = priority;
-  apply_limits(lock, id, deadline);
-}
-
 void Arena::visit_leases(const std::function<void(AccountId, size_t)>& visit) {
   const Lock held = lock();
   for (const auto& [id, account] : ledger_.accounts()) visit(id, account.lease);

@@ -1,0 +1,289 @@
+// The receiving thread: what the broker says, and what is reported to it.
+#include <algorithm>
+#include <utility>
+
+#include "client/client.hpp"
+
+namespace tem::client {
+namespace {
+
+constexpr double kAgain = 0.1;    // seconds between attempts to find a broker
+constexpr double kReports = 0.1;  // between reports
+constexpr double kLook = 1.0;     // between looks at what is idle, which moves without a word
+
+}  // namespace
+
+void Client::listen() {
+  Bytes message;
+  for (;;) {
+    {
+      const Lock lock(mutex_);
+      if (stopping_) return;
+    }
+    try {
+      if (!connected()) rejoin();
+      switch (connection_.wait(dirty_.load() ? next_report_ : next_look_, message)) {
+        case Connection::Event::kGone:
+          lose();
+          break;
+        case Connection::Event::kMessage:
+          handle(message);
+          break;
+        case Connection::Event::kNothing:
+          break;
+      }
+      if (Clock::now() >= (dirty_.load() ? next_report_ : next_look_)) report();
+    } catch (const Error&) {
+      // No broker, or one that cannot be understood: what is leased stays, and it is tried again.
+      lose();
+      connection_.wait(deadline_in(kAgain), message);
+    }
+  }
+}
+
+void Client::lose() noexcept {
+  connection_.disconnect();
+  const Lock lock(mutex_);
+  openings_.clear();
+  for (auto& [id, entry] : entries_) {
+    entry.remote.reset();
+    entry.unreturned = 0;
+  }
+  for (auto& [request, call] : calls_) call->sent = false;
+}
+
+void Client::rejoin() {
+  handshake(deadline_in(1.0));
+  // Between the look at a lease and the OPEN that tells of it nothing goes back: the arena's lock is held.
+  arena_->visit_leases([this](AccountId id, size_t lease) {
+    const Lock lock(mutex_);
+    const auto found = entries_.find(id);
+    if (found == entries_.end()) return;
+    for (const auto& [request, call] : calls_) {
+      if (call->type == Type::kOpen && call->account == id) return;
+    }
+    send_open(id, found->second, lease);
+  });
+  const Lock lock(mutex_);
+  for (auto& [request, call] : calls_) try_send(request, *call);
+}
+
+void Client::send_open(AccountId id, Entry& entry, size_t lease) {
+  const uint64_t request = next_request_++;
+  openings_[request] = id;
+  entry.unreturned = 0;
+  entry.refused.clear();
+  entry.held = entry.idle = 0;
+  entry.rungs = 0;
+  Open open{};
+  open.name = Text<64>(entry.name);
+  open.priority = Text<32>(entry.priority);
+  open.limits = WireLimits(entry.limits);
+  open.lease = lease;
+  post(request, open);
+}
+
+std::optional<AccountId> Client::local(uint32_t remote) const {
+  const Lock lock(mutex_);
+  for (const auto& [id, entry] : entries_) {
+    if (entry.remote == remote) return id;
+  }
+  return std::nullopt;
+}
+
+void Client::finish(uint64_t request, std::optional<Error> error) {
+  const Lock lock(mutex_);
+  const auto found = calls_.find(request);
+  if (found == calls_.end()) return;
+  found->second->error = std::move(error);
+  found->second->done = true;
+  found->second->settling = false;
+  answered_.notify_all();
+}
+
+void Client::handle(const Bytes& message) {
+  const auto header = header_of(message.data(), message.size());
+  if (!header) throw Error(Kind::kBroker, "broker at " + path() + ": what it sent is no message");
+  switch (static_cast<Type>(header->type)) {
+    case Type::kOpened:
+      return on_opened(*header, body_of<Opened>(message.data(), message.size()));
+    case Type::kDone:
+      return finish(header->request, std::nullopt);
+    case Type::kRefused:
+    case Type::kDenied:
+      return on_refused(*header, refusal_of(message.data(), message.size()));
+    case Type::kGrant:
+      return on_grant(*header, body_of<Granted>(message.data(), message.size()));
+    case Type::kAsk:
+      return on_ask(*header, body_of<Ask>(message.data(), message.size()));
+    case Type::kSet:
+      return on_set(body_of<Set>(message.data(), message.size()));
+    default:
+      throw Error(Kind::kBroker, "broker at " + path() + ": it sent a message of an unknown type");
+  }
+}
+
+void Client::on_opened(const Header& header, const Opened& opened) {
+  const Limits limits = opened.limits.limits();
+  std::optional<Set> differs;
+  {
+    const Lock lock(mutex_);
+    const auto opening = openings_.find(header.request);
+    if (opening == openings_.end()) return;
+    const AccountId id = opening->second;
+    openings_.erase(opening);
+    const auto found = entries_.find(id);
+    if (found == entries_.end()) {
+      post(0, Close{opened.account, 0});
+      return;
+    }
+    Entry& entry = found->second;
+    entry.remote = opened.account;
+    if (const size_t bytes = std::exchange(entry.unreturned, 0)) post(0, Return{opened.account, 0, bytes});
+    if (const auto call = calls_.find(header.request); call != calls_.end()) call->second->limits = limits;
+    const WireLimits before(entry.limits);
+    const bool same = std::memcmp(&before, &opened.limits, sizeof before) == 0;
+    if (!same && calls_.count(header.request) == 0)
+      differs = Set{opened.account, 0, Text<32>(entry.priority), opened.limits};
+    entry.limits = limits;
+    for (auto& [request, call] : calls_) {
+      if (call->account == id) try_send(request, *call);
+    }
+  }
+  finish(header.request, std::nullopt);
+  if (differs) on_set(*differs);
+  changed();
+}
+
+void Client::on_refused(const Header& header, const Error& why) {
+  {
+    const Lock lock(mutex_);
+    if (const auto opening = openings_.find(header.request); opening != openings_.end()) {
+      if (const auto found = entries_.find(opening->second); found != entries_.end())
+        found->second.refused = why.what();
+      openings_.erase(opening);
+    }
+  }
+  finish(header.request, why);
+}
+
+void Client::on_grant(const Header& header, const Granted& granted) {
+  const auto id = local(granted.account);
+  if (!id) return;
+  bool waiting = false;
+  size_t take = 0;
+  {
+    const Lock lock(mutex_);
+    if (const auto found = calls_.find(header.request); found != calls_.end() && !found->second->done) {
+      found->second->settling = waiting = true;
+      take = found->second->demand->take;
+    }
+  }
+  std::optional<Error> error;
+  bool taken = false;
+  try {
+    taken = arena_->leased(*id, granted.bytes, take);
+  } catch (const Error& closed) {
+    error = closed;
+  }
+  {
+    const Lock lock(mutex_);
+    if (const auto found = calls_.find(header.request); found != calls_.end()) found->second->taken = taken;
+  }
+  finish(header.request, std::move(error));
+  // Nobody waits any more: it is not kept from others.
+  if (!waiting) arena_->collect_quietly();
+}
+
+void Client::on_ask(const Header& header, const Ask& ask) {
+  const auto id = local(ask.account);
+  const uint64_t request = header.request;
+  const auto answer = [this, request, account = ask.account, on = connection_.number()](
+                          size_t bytes, size_t coming, bool last) {
+    const Gave gave{account, last ? kLastAnswer : 0, bytes, coming};
+    connection_.send(on, encode(request, gave));
+  };
+  if (!id) return answer(0, 0, true);
+  Rung worst = ask.rung <= static_cast<uint32_t>(Rung::kPause) ? static_cast<Rung>(ask.rung) : Rung::kTrim;
+  {
+    // A thread that may hold the GIL waits for memory: a reclaimer that needs the GIL would wait for it.
+    // Where it waits for the very account that is to give, its demand is taken back: who asks is of a higher
+    // class, and must not wait until it is denied.
+    const Lock lock(mutex_);
+    for (const auto& [number, call] : calls_) {
+      if (call->demand == nullptr || call->demand->own >= worst) continue;
+      if (call->account == *id && call->sent && !call->settling) post(number, Withdraw{});
+      worst = call->demand->own;
+    }
+  }
+  Yielded now;
+  const std::string demander = ask.demander.str();
+  try {
+    now = arena_->yield(*id, ask.bytes, Rung::kTrim, Clock::now(), demander, [](size_t) {});
+  } catch (const Error&) {
+    return answer(0, 0, true);  // the account has gone, and its bytes with it
+  }
+  const size_t rest = ask.bytes - now.bytes;
+  const bool last = rest == 0 || (worst == Rung::kTrim && now.coming == 0);
+  answer(now.bytes, now.coming, last);
+  if (last) return;
+  // The last answer leaves before the deadline, not at it.
+  const Deadline deadline = deadline_in(static_cast<double>(ask.timeout) * 0.9e-6);
+  add_chore([id = *id, rest, worst, deadline, demander, answer](Arena& arena) {
+    try {
+      arena.yield(id, rest, worst, deadline, demander, [&](size_t bytes) { answer(bytes, 0, false); });
+    } catch (const Error&) {
+      // Closed meanwhile: what it held came back by itself.
+    }
+    answer(0, 0, true);
+  });
+}
+
+void Client::on_set(const Set& set) {
+  const auto id = local(set.account);
+  if (!id) return;
+  const Limits limits = set.limits.limits();
+  const std::string priority = set.priority.str();
+  {
+    const Lock lock(mutex_);
+    if (const auto found = entries_.find(*id); found != entries_.end()) {
+      found->second.limits = limits;
+      found->second.priority = priority;
+    }
+  }
+  add_chore([id = *id, limits, priority](Arena& arena) {
+    try {
+      arena.limits_changed(id, priority, limits, deadline_in(1.0));
+    } catch (const Error&) {
+      // Closed meanwhile.
+    }
+  });
+}
+
+void Client::report() {
+  dirty_ = false;
+  next_report_ = deadline_in(kReports);
+  next_look_ = deadline_in(kLook);
+  ArenaState state;
+  try {
+    state = arena_->state();
+  } catch (const Error&) {
+    return;  // closed
+  }
+  const Lock lock(mutex_);
+  for (const AccountState& account : state.accounts) {
+    const auto found = entries_.find(account.holding.id);
+    if (found == entries_.end() || !found->second.remote) continue;
+    Entry& entry = found->second;
+    const size_t idle = account.idle.ready + account.idle.pending;
+    uint32_t rungs = 0;
+    for (const Rung rung : account.rungs) rungs |= 1U << static_cast<uint32_t>(rung);
+    if (entry.held == account.holding.held && entry.idle == idle && entry.rungs == rungs) continue;
+    entry.held = account.holding.held;
+    entry.idle = idle;
+    entry.rungs = rungs;
+    post(0, Report{*entry.remote, rungs, entry.held, entry.idle});
+  }
+}
+
+}  // namespace tem::client
