@@ -1,209 +1,214 @@
-"""Processes that take and give at random against a full device, and die at random; counts what was lost.
+"""Many processes that take and give at random on a full device, and are killed and stopped meanwhile.
 
 Run as python -m benchmarks.soak --help.
 """
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import subprocess
 import sys
-import threading
 import time
-from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
-import msgspec
 
 import torch_elastic_mem as tem
 from benchmarks import machine
 from benchmarks.broker_process import BrokerProcess
-from benchmarks.options import backend_option, errors_as_messages, out_option, size_option
-from benchmarks.results import Result, Table, command_line
-from benchmarks.terminal import progress, publish
-from benchmarks.worker import ROOT
-from torch_elastic_mem.broker.paths import BROKER
-from torch_elastic_mem.broker.state import DeviceState
+from benchmarks.options import backend_option, errors_as_messages, out_option
+from benchmarks.results import TARGET_COLUMNS, Result, Table, command_line, target_row
+from benchmarks.soak_crowd import Crowd
+from benchmarks.soak_watch import Watch
+from benchmarks.terminal import live, publish
 
-CLASSES = ("idle", "training", "training", "serving")
-LOOK_S = 0.05
-ASIDE = 24 << 30  # on a GPU, for the contexts of the processes
-SETTLE_S = 30.0
-
-
-class Process:
-    """A tenant's process and what it has said last."""
-
-    def __init__(self, backend: str, broker: str, seed: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.soak_tenant", backend, CLASSES[seed % 4], str(seed)]
-        self._process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | {BROKER: broker},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.said: tuple[int, int, int, list[str]] = (0, 0, 0, [])
-        self._listener = threading.Thread(target=self._listen)
-        self._listener.start()
-
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self.said = msgspec.json.decode(line, type=tuple[int, int, int, list[str]])
-
-    def pause(self, seconds: float) -> None:
-        self._process.send_signal(signal.SIGSTOP)
-        threading.Timer(seconds, self._process.send_signal, [signal.SIGCONT]).start()
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._ended()
-
-    def finish(self) -> int:
-        """Has it close all it has; its exit code."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        return self._ended()
-
-    def _ended(self) -> int:
-        code = self._process.wait(60)
-        self._listener.join()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-        return code
+MIB = 1 << 20
+# A tenant's part of the device. It would take OVER times as much.
+PART = {"host": 24 * MIB, "cuda": 512 * MIB}
+OVER = 4
+_BEAT = 0.05
+_KILL_EVERY = 1.5
+_STOP_EVERY = 2.0
+_BROKER_EVERY = 10.0
+# Longer than the broker lets a demand wait, so that who stands still becomes a debtor.
+_STOPPED = (0.1, 1.5)
+# A broker that starts waits so long for its predecessor's tenants: one that stands still would come too late.
+_BACK = 2.0
 
 
 class Soak:
-    """One run. `wrong` says, in words, what should not have been."""
+    """One run.
 
-    def __init__(self, backend: str, uuid: str, broker: BrokerProcess, seed: int) -> None:
+    Args:
+        backend: the tenants'.
+        seconds: how long they take and give, before they all go.
+        processes: how many tenants there are at any time.
+        kill_broker: whether the broker dies too, every ten seconds or so.
+        seed: of what befalls whom.
+    """
+
+    def __init__(self, backend: str, seconds: float, processes: int, kill_broker: bool, seed: int) -> None:
         self._backend = backend
-        self._uuid = uuid
-        self._broker = broker
-        self._random = random.Random(seed)
-        self._seed = seed
-        self._living: list[Process] = []
-        self.counts: Counter[str] = Counter()
-        self.wrong: list[str] = []
+        self._seconds = seconds
+        self._processes = processes
+        self._kill_broker = kill_broker
+        self._chance = random.Random(seed)
+        self.restarts = 0
+        self.uuid: str | None = None
 
-    def device(self) -> DeviceState:
-        with self._broker.control() as control:
-            return next(device for device in control.state().devices if device.uuid == self._uuid)
-
-    def start(self, count: int) -> None:
-        for _ in range(count):
-            self._seed += 1
-            self._living.append(Process(self._backend, self._broker.path, self._seed))
-
-    def run(self, seconds: float, kill_every: float) -> None:
-        begin = time.monotonic()
-        last, next_fault = begin, begin + kill_every
-        with progress("soak, seconds", int(seconds)) as advance:
-            while (now := time.monotonic()) < begin + seconds:
-                self._look()
-                if now >= next_fault:
-                    self._fault()
-                    next_fault = now + kill_every * self._random.uniform(0.5, 1.5)
-                if now - last >= 1:
-                    advance(int(now - last))
-                    last = now
-                time.sleep(LOOK_S)
-
-    def _look(self) -> None:
-        device = self.device()
-        self.counts["looks"] += 1
-        if device.leased > device.capacity - device.reserve_low:
-            self.wrong.append(f"{device.leased} bytes are leased of {device.capacity}")
-
-    def _fault(self) -> None:
-        victim = self._random.randrange(len(self._living))
-        if self._random.random() < 0.2:
-            self._living[victim].pause(self._random.uniform(0.1, 3.0))
-            self.counts["stopped"] += 1
-            return
-        dead = self._living.pop(victim)
-        dead.kill()
-        self._add(dead)
-        self.counts["killed"] += 1
-        self.start(1)
-
-    def _add(self, process: Process) -> None:
-        grown, denied, yielded, errors = process.said
-        self.counts += Counter(growths=grown, denied=denied, yields=yielded)
-        self.wrong += errors
-
-    def finish(self) -> int:
-        """Ends all; returns the bytes that are leased though nobody is left."""
-        for process in self._living:
-            if (code := process.finish()) != 0:
-                self.wrong.append(f"a tenant ended with code {code}")
-            self._add(process)
-        deadline = time.monotonic() + SETTLE_S
-        while (lost := self.device().leased) and time.monotonic() < deadline:
-            time.sleep(LOOK_S)
+    def run(self) -> dict[str, Any]:
+        """Runs it; what was seen, and what was wrong."""
+        kind, device = "host", "HOST"
+        if self._backend not in ("host", "cpu"):
+            with tem.Arena(self._backend, broker=None) as arena:
+                kind, device, self.uuid = "cuda", arena.uuid, arena.uuid
+        capacity = PART[kind] * self._processes
+        options = ["--device", f"{device}={capacity}", "--reserve", f"{device}=2MiB,4MiB"]
+        with (
+            BrokerProcess(options) as broker,
+            Watch(broker) as watch,
+            Crowd(self._backend, broker.path, self._processes, OVER * PART[kind], self._chance) as crowd,
+            live() as show,
+        ):
+            self._storm(broker, watch, crowd, show)
+            crowd.end()
+            lost = watch.lost()
+        reports = crowd.reports
+        wrong = [*crowd.errors, *(f"{what}: {text}" for what, text in watch.wrong.items())]
         if lost:
-            self.wrong.append(f"{lost} bytes are lost")
-        return lost
+            wrong.append(f"{tem.format_bytes(lost)} were lost: leased when all had gone")
+        if "Traceback" in broker.log:
+            wrong.append(f"the broker failed: {broker.log[-2000:]}")
+        return {
+            "tenants": len(reports),
+            "kills": crowd.kills,
+            "stops": crowd.stops,
+            "broker_restarts": self.restarts,
+            "steps": sum(report.steps for report in reports),
+            "denied": sum(report.denied for report in reports),
+            "checked": sum(report.checked for report in reports),
+            "given": sum(report.given for report in reports),
+            "grants": watch.grants,
+            "asks": watch.asks,
+            "samples": watch.samples,
+            "capacity": capacity,
+            "most_leased": watch.most,
+            "lost": lost,
+            "wrong": wrong,
+        }
+
+    def _storm(self, broker: BrokerProcess, watch: Watch, crowd: Crowd, show: Callable[[str], None]) -> None:
+        start = time.monotonic()
+        kill, stop, fall = self._next(_KILL_EVERY), self._next(_STOP_EVERY), self._next(_BROKER_EVERY)
+        calm_until = 0.0
+        while (now := time.monotonic()) < start + self._seconds:
+            crowd.tend()
+            if now >= kill:
+                crowd.kill_one()
+                kill = self._next(_KILL_EVERY)
+            if now >= stop and now >= calm_until:
+                crowd.stop_one(self._chance.uniform(*_STOPPED))
+                stop = self._next(_STOP_EVERY)
+            if self._kill_broker and now >= fall:
+                # Nobody is stopped any more; those that stand still go on first.
+                calm_until = now + _BACK + _STOPPED[1]
+                if not crowd.stopped:
+                    self._replace(broker, watch)
+                    calm_until, fall = time.monotonic() + _BACK, self._next(_BROKER_EVERY)
+            show(self._line(now - start, watch, crowd))
+            time.sleep(_BEAT)
+
+    def _next(self, every: float) -> float:
+        return time.monotonic() + self._chance.uniform(0.5, 1.5) * every
+
+    def _replace(self, broker: BrokerProcess, watch: Watch) -> None:
+        watch.away.set()
+        broker.kill()
+        broker.restart()
+        self.restarts += 1
+        watch.away.clear()
+
+    def _line(self, seconds: float, watch: Watch, crowd: Crowd) -> str:
+        leased = sum(device.leased for device in watch.last.devices) if watch.last else 0
+        steps = sum(report.steps for report in crowd.reports)
+        wrong = len(crowd.errors) + len(watch.wrong)
+        return (
+            f"{seconds:.0f} of {self._seconds:.0f} s: {steps} steps, {tem.format_bytes(leased)} leased, "
+            f"{crowd.kills} killed, {crowd.stops} stopped, {self.restarts} brokers, {wrong} wrong"
+        )
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """What was done, and what had to hold."""
+    sizes = {"checked", "given", "capacity", "most_leased", "lost"}
+    rows = [
+        [name.replace("_", " "), tem.format_bytes(value) if name in sizes else f"{value:,}"]
+        for name, value in found.items()
+        if name != "wrong"
+    ]
+    note = (
+        "Tenants: all that lived, those in the place of a killed one too. Denied: growths that found no "
+        "memory to be had, as they must at times. Checked: bytes looked at when they came and before "
+        "they were given back. Given: by reclaimers. Samples: looks at the broker's leases."
+    )
+    wrong = found["wrong"]
+    met = [
+        target_row("errors", str(len(wrong)), "0", not wrong),
+        target_row("bytes lost", str(found["lost"]), "0", not found["lost"]),
+        target_row(
+            "most leased, of the capacity",
+            f"{found['most_leased'] / found['capacity']:.1%}",
+            "at most 100%",
+            found["most_leased"] <= found["capacity"],
+        ),
+    ]
+    return [
+        Table("The soak", ["what", "seen"], rows, note),
+        Table("Targets", TARGET_COLUMNS, met, "; ".join(wrong)),
+    ]
+
+
+def run(
+    backend: str, seconds: float, processes: int, kill_broker: bool, seed: int, arguments: Sequence[str]
+) -> Result:
+    """Runs a soak.
+
+    Raises:
+        tem.TemError, WorkerError: it could not be run; what goes wrong within it is in the result.
+    """
+    soak = Soak(backend, seconds, processes, kill_broker, seed)
+    found = soak.run()
+    return Result(
+        benchmark="soak",
+        command=command_line("soak", arguments),
+        machine=machine.facts(gpu_uuid=soak.uuid),
+        settings={
+            "backend": backend,
+            "seconds": seconds,
+            "processes": processes,
+            "kill_broker": kill_broker,
+            "seed": seed,
+        },
+        tables=tables(found),
+        raw=found,
+    )
 
 
 @click.command()
 @backend_option
-@click.option("--seconds", default=600.0, show_default=True, type=click.FloatRange(min=1))
-@click.option("--processes", default=16, show_default=True, type=click.IntRange(1))
-@size_option("--capacity", "What they share. [default: 512MiB on the host, most of a GPU]")
-@click.option("--kill-every", default=2.0, show_default=True, help="Seconds between faults, about.")
-@click.option("--seed", default=1, show_default=True)
+@click.option("--seconds", type=click.FloatRange(1), default=600, show_default=True, help="How long.")
+@click.option("--processes", type=click.IntRange(2), default=16, show_default=True, help="Tenants at a time.")
+@click.option("--kill-broker", is_flag=True, help="Kill the broker too, every ten seconds or so.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of what befalls whom.")
 @out_option
 def main(
-    backend: str,
-    seconds: float,
-    processes: int,
-    capacity: int | None,
-    kill_every: float,
-    seed: int,
-    out: Path | None,
+    backend: str, seconds: float, processes: int, kill_broker: bool, seed: int, out: Path | None
 ) -> None:
-    """Soaks a device: processes take, give, yield, are stopped and killed at random. Lost bytes must be 0."""
+    """Wear processes out on a full device: exits 1 if a byte is lost, foreign, or leased twice."""
     with errors_as_messages():
-        with tem.Arena(backend, capacity="2MiB" if backend == "host" else None, broker=None) as arena:
-            uuid = "HOST" if arena.backend == "host" else arena.uuid
-            shared = capacity or (512 << 20 if arena.backend == "host" else arena.capacity - ASIDE)
-        options = ["--device", f"{uuid}={shared}", "--reserve", f"{uuid}=0,0"]
-        with BrokerProcess(options) as broker:
-            soak = Soak(backend, uuid, broker, seed)
-            soak.start(processes)
-            time.sleep(1)
-            soak.run(seconds, kill_every)
-            lost = soak.finish()
-    rows = [
-        [what, str(soak.counts[what])]
-        for what in ("growths", "denied", "yields", "killed", "stopped", "looks")
-    ]
-    rows += [["wrong", str(len(soak.wrong))], ["bytes lost", str(lost)]]
-    table = Table(
-        f"{processes} processes share {tem.format_bytes(shared)} for {seconds:g} s", ["what", "count"], rows
-    )
-    result = Result(
-        "soak",
-        command_line("soak", sys.argv[1:]),
-        machine.facts(gpu_uuid=None if backend == "host" else uuid),
-        {
-            "seconds": seconds,
-            "processes": processes,
-            "capacity": shared,
-            "kill_every": kill_every,
-            "seed": seed,
-        },
-        [table],
-        {"counts": dict(soak.counts), "wrong": soak.wrong, "lost": lost},
-    )
-    publish(result, out, backend, soak.wrong[:10])
+        result = run(backend, seconds, processes, kill_broker, seed, sys.argv[1:])
+    publish(result, out, backend, result.raw["wrong"])
 
 
 if __name__ == "__main__":

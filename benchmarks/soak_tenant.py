@@ -1,121 +1,215 @@
-"""A process of the soak: takes and gives memory at random until it is told to stop, or is killed.
+"""A process of the soak: takes and gives at random, and looks whether its bytes are its own.
 
-Run by benchmarks.soak as python -m benchmarks.soak_tenant BACKEND CLASS SEED. Every line it prints is a JSON
-list of what it has done so far: growths, denials, yields, and errors as texts.
+python -m benchmarks.soak_tenant BACKEND SOCKET NUMBER BYTES. Writes a line of JSON now and then, and ends
+when its stdin does.
 """
 
 from __future__ import annotations
 
-import ctypes
 import random
 import sys
 import threading
 import time
+import traceback
+from contextlib import suppress
 
 import msgspec
 
 import torch_elastic_mem as tem
+from benchmarks.patterns import Pattern, pattern_on
 
 MIB = 1 << 20
-EXTENT = 4 * MIB
-SAY_S = 0.5
-PATTERN = 64  # bytes at the start of each extent
+UNIT = 2 * MIB
+CLASSES = ["idle", "training", "serving", "critical"]
+RUNGS = ["evict", "spill", "shrink", "pause"]
+RANGES = 3
+_REPORT_SECONDS = 0.25
+_GROW_SECONDS = 0.3
+_CONNECT_SECONDS = 20.0
+
+
+class Report(msgspec.Struct):
+    """What a tenant has done so far.
+
+    Attributes:
+        steps: growths and shrinkings. denied: growths that were refused. checked: bytes looked at.
+        given: bytes that its reclaimers gave. error: what went wrong, and ended it. ended: it has given all
+            back and closed.
+    """
+
+    number: int
+    steps: int = 0
+    denied: int = 0
+    checked: int = 0
+    given: int = 0
+    error: str = ""
+    ended: bool = False
+
+
+class Piece:
+    """A range, full of one byte. Whoever changes it has its lock."""
+
+    def __init__(self, account: tem.Account, pattern: Pattern, nbytes: int, keep: int, byte: int) -> None:
+        self.lock = threading.Lock()
+        self._memory = account.range(nbytes, keep=keep)
+        self._pattern = pattern
+        self._nbytes = nbytes
+        self._byte = byte
+
+    @property
+    def room(self) -> int:
+        """Bytes of addresses without memory."""
+        return self._nbytes - self._memory.mapped
+
+    @property
+    def held(self) -> int:
+        """Bytes with memory."""
+        return self._memory.mapped
+
+    def grow(self, nbytes: int) -> int:
+        """Takes memory and writes to it. What was idle here may still be as it was; else it is zeros."""
+        at = self._memory.address + self._memory.mapped
+        self._memory.grow(nbytes, timeout=_GROW_SECONDS)
+        self._expect(at, nbytes, (0, self._byte))
+        self._pattern.fill(at, nbytes, self._byte)
+        return nbytes
+
+    def shrink(self, nbytes: int) -> int:
+        """Gives memory back, if it is still as it was written."""
+        self._expect(self._memory.address + self._memory.mapped - nbytes, nbytes, (self._byte,))
+        self._memory.shrink(nbytes)
+        return nbytes
+
+    def close(self) -> int:
+        """Gives all back."""
+        with self.lock:
+            held = self.held
+            if held:
+                self.shrink(held)
+            self._memory.close()
+        return held
+
+    def _expect(self, address: int, nbytes: int, bytes_: tuple[int, ...]) -> None:
+        for at in range(address, address + nbytes, UNIT):
+            found = self._pattern.found(at, UNIT)
+            if found not in bytes_:
+                seen = "bytes of several kinds" if found is None else f"byte {found}"
+                raise AssertionError(f"{seen} at {at - self._memory.address} of {nbytes}, not {bytes_}")
 
 
 class Tenant:
-    """Memory that grows and shrinks at its end, each extent with a pattern of its owner's."""
+    """Steps at random until it is told to end."""
 
-    def __init__(self, backend: str, priority: str, seed: int) -> None:
-        self._random = random.Random(seed)
-        self._arena = tem.Arena(backend)
-        self._account = self._arena.account(f"{priority}-{seed}", priority)
-        keep = self._random.choice([0, 32 * MIB, 1 << 30])
-        self._memory = self._account.range(1 << 30, keep=keep, extent=EXTENT)
-        self._lock = threading.Lock()  # a reclaimer shrinks from another thread
-        self._mine = bytes([seed % 255 + 1]) * PATTERN
-        self._readable = self._arena.backend == "host"
-        self.grown = self.denied = self.yielded = 0
-        self.errors: list[str] = []
-        self._account.on_reclaim(self._reclaim, self._random.choice(["evict", "spill", "pause"]))
+    def __init__(self, backend: str, path: str, number: int, nbytes: int) -> None:
+        self.report = Report(number)
+        self.stop = threading.Event()
+        self._random = random.Random(number)
+        self._arena = _connected(backend, path)
+        self._account = self._arena.account(f"soak {number}", CLASSES[number % len(CLASSES)])
+        pattern = pattern_on(self._arena)
+        part = nbytes // RANGES // UNIT * UNIT
+        self._pieces = [
+            Piece(
+                self._account,
+                pattern,
+                part,
+                self._random.choice([0, part // 2, part]),
+                1 + self._random.randrange(255),
+            )
+            for _ in range(RANGES)
+        ]
+        rungs = [rung for rung in RUNGS if self._random.random() < 0.6]
+        self._reclaimers = [self._account.on_reclaim(self._reclaim, rung) for rung in rungs]
 
-    def step(self) -> None:
-        if self._random.random() < 0.55:
-            self._grow(self._random.randrange(1, 12) * EXTENT)
-        else:
-            with self._lock:
-                self._shrink(self._random.randrange(1, 12) * EXTENT)
-        time.sleep(self._random.random() * 0.01)
-
-    def _grow(self, nbytes: int) -> None:
-        # Not under the lock: the demand may make this very account yield.
-        try:
-            with self._lock:
-                start = self._memory.mapped
-                self._memory.grow(min(nbytes, (1 << 30) - start), timeout=0.2)
-                for at in range(start, self._memory.mapped, EXTENT):
-                    self._check(at, (bytes(PATTERN), self._mine))
-                    self._write(at)
-            self.grown += 1
-        except tem.OutOfMemory:
-            self.denied += 1
-
-    def _shrink(self, nbytes: int) -> None:
-        nbytes = min(nbytes, self._memory.mapped)
-        for at in range(self._memory.mapped - nbytes, self._memory.mapped, EXTENT):
-            self._check(at, (self._mine,))
-        if nbytes:
-            self._memory.shrink(nbytes)
-
-    def _reclaim(self, nbytes: int, timeout: float) -> None:
-        # A growth that waits has the lock: then there is nothing to give in time.
-        if not self._lock.acquire(timeout=min(timeout / 2, 0.1)):
-            return
-        try:
-            self._shrink(nbytes + -nbytes % EXTENT)
-            self.yielded += 1
-        finally:
-            self._lock.release()
-
-    def _check(self, at: int, allowed: tuple[bytes, ...]) -> None:
-        if self._readable and ctypes.string_at(self._memory.address + at, PATTERN) not in allowed:
-            self.errors.append(f"what lies at {at} is not this tenant's")
-
-    def _write(self, at: int) -> None:
-        if self._readable:
-            ctypes.memmove(self._memory.address + at, self._mine, PATTERN)
-
-    def close(self) -> None:
-        self._memory.close()
+    def run(self) -> None:
+        """Steps, says how it goes, and leaves nothing behind."""
+        said = 0.0
+        while not self.stop.is_set():
+            self._step()
+            if time.monotonic() - said > _REPORT_SECONDS:
+                said = time.monotonic()
+                say(self.report)
+            self.stop.wait(self._random.random() * 0.02)
+        for reclaimer in self._reclaimers:
+            reclaimer.remove()
+        for piece in self._pieces:
+            self.report.checked += piece.close()
         self._account.close()
         self._arena.close()
+        self.report.ended = True
 
+    def _step(self) -> None:
+        piece = self._random.choice(self._pieces)
+        self.report.steps += 1
+        with piece.lock:
+            # More often up than down: what is free is gone soon, and everybody wants more.
+            if piece.room and self._random.random() < 0.6:
+                try:
+                    self.report.checked += piece.grow(self._some(piece.room))
+                except tem.OutOfMemory:
+                    self.report.denied += 1
+            elif piece.held:
+                self.report.checked += piece.shrink(self._some(piece.held))
 
-def main(backend: str, priority: str, seed: str) -> None:
-    tenant = Tenant(backend, priority, int(seed))
-    over = threading.Event()
+    def _some(self, most: int) -> int:
+        return UNIT * self._random.randint(1, most // UNIT)
 
-    def watch() -> None:
-        sys.stdin.read()
-        over.set()
-
-    threading.Thread(target=watch, daemon=True).start()
-
-    def say() -> None:
-        told = [tenant.grown, tenant.denied, tenant.yielded, tenant.errors]
-        print(msgspec.json.encode(told).decode(), flush=True)
-
-    due = time.monotonic()
-    while not over.is_set():
+    def _reclaim(self, nbytes: int, timeout: float) -> None:
         try:
-            tenant.step()
-        except tem.TemError as error:
-            tenant.errors.append(f"{type(error).__name__}: {error}")
-        if time.monotonic() >= due:
-            say()
-            due = time.monotonic() + SAY_S
-    tenant.close()
-    say()
+            left = nbytes
+            for piece in self._pieces:
+                # One that grows may wait for others, who must not wait for it.
+                if left <= 0 or not piece.lock.acquire(blocking=False):
+                    continue
+                try:
+                    if most := min(piece.held, -(-left // UNIT) * UNIT):
+                        left -= piece.shrink(most)
+                        self.report.given += most
+                finally:
+                    piece.lock.release()
+        except BaseException as error:  # noqa: BLE001 - a reclaimer's error ends nobody's demand
+            self.report.error = f"a reclaimer: {type(error).__name__}: {error}"
+            self.stop.set()
+
+
+def _connected(backend: str, path: str) -> tem.Arena:
+    """An arena under a broker, which may just be starting anew."""
+    end = time.monotonic() + _CONNECT_SECONDS
+    while True:
+        try:
+            return tem.Arena(backend, broker=path)
+        except tem.BrokerError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(0.1)
+
+
+def say(report: Report) -> None:
+    """A line for whoever started this."""
+    sys.stdout.write(msgspec.json.encode(report).decode() + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Runs a tenant, and says how it ended."""
+    backend, path, number, nbytes = sys.argv[1:]
+    report = Report(int(number))
+    try:
+        tenant = Tenant(backend, path, int(number), int(nbytes))
+        report = tenant.report
+
+        def wait_for_the_end() -> None:
+            sys.stdin.read()
+            tenant.stop.set()
+
+        threading.Thread(target=wait_for_the_end, daemon=True).start()
+        tenant.run()
+    except BaseException as error:  # noqa: BLE001 - said, and counted as wrong
+        traceback.print_exc()
+        report.error = report.error or f"{type(error).__name__}: {error}"
+    with suppress(BrokenPipeError):
+        say(report)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

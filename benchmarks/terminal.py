@@ -43,6 +43,26 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     yield advance
 
 
+@contextmanager
+def live() -> Iterator[Callable[[str], None]]:
+    """Shows how a run stands that has no steps to count; yields a function to call with a line of text."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status("") as status:
+            yield status.update
+        return
+
+    last = time.monotonic()
+
+    def show(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _PLAIN_INTERVAL_S:
+            last = time.monotonic()
+            console.print(text, highlight=False, soft_wrap=True)
+
+    yield show
+
+
 def print_result(result: Result) -> None:
     """Prints the machine and every table of a result."""
     console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
