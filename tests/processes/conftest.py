@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import torch_elastic_mem as tem
 from tests.broker.service import ROOT, Service
 from tests.rungs import FakeRung, Rung
 from torch_elastic_mem.broker.control import ControlClient
@@ -118,11 +119,13 @@ class Machine:
 
 @pytest.fixture
 def machine(rung: Rung, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Machine]:
-    fake = isinstance(rung, FakeRung)
-    uuid = "GPU-66616b65-2063-7564-6120-646576696300" if fake else "HOST"
+    uuid = "HOST"
+    if rung.device != "host":
+        with tem.Arena(rung.device, capacity="8MiB", broker=None) as arena:
+            uuid = arena.uuid
     service = Service(tmp_path, "--device", f"{uuid}=128MiB", "--reserve", f"{uuid}=0,0")
     service.start()
-    library = str(request.getfixturevalue("fake_library")) if fake else ""
+    library = str(request.getfixturevalue("fake_library")) if isinstance(rung, FakeRung) else ""
     made = Machine(service, rung.device, uuid, library)
     yield made
     made.close()
