@@ -20,7 +20,9 @@ from tests.broker.machine import account, device, granted, machine, yielded
 from torch_elastic_mem.broker.state import MachineState
 from torch_elastic_mem.cli import main
 
-TEM = [sys.executable, "-c", "from torch_elastic_mem.cli import main; main()"]
+# A shell's background job ignores interrupts, and its children inherit that.
+TAKES_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+TEM = [sys.executable, "-c", TAKES_INTERRUPTS + "from torch_elastic_mem.cli import main; main()"]
 
 
 def tem(*arguments: str) -> Result:
