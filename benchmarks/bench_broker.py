@@ -24,7 +24,7 @@ from benchmarks.terminal import progress, publish
 from benchmarks.timing import Summary, percentile, summarise
 
 MANY = 2000
-OPTIONS = ["--device", "HOST=64GiB", "--reserve", "HOST=0,0"]
+OPTIONS = ["--device", "HOST=64GiB"]
 # The broker's journal of events fills with the first grants; from there on its memory must be flat.
 JOURNAL = 65_536
 TENTHS = 10

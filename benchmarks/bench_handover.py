@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import click
 
 import torch_elastic_mem as tem
 from benchmarks import machine
-from benchmarks.broker_process import BrokerProcess, broker_for
+from benchmarks.broker_process import broker_for
 from benchmarks.floor.handover import HandoverFloor
 from benchmarks.handover_tables import IDLE, NO_GIL, RESERVE, TRAINING, Readings, tables
 from benchmarks.handover_worker import HOLDER, TAKER, TRAINER
@@ -25,6 +25,7 @@ from benchmarks.results import Result, command_line
 from benchmarks.terminal import publish
 from benchmarks.timing import interleave
 from benchmarks.worker import Worker
+from torch_elastic_mem.device import device_of
 
 MIB = 1 << 20
 PAGE = 2 * MIB
@@ -32,6 +33,11 @@ EXTENT = 64 * MIB
 # Stays free on the device, as the broker's lower mark: a device with nothing free makes every create wait.
 FREE = {"host": 0, "cuda": 256 * MIB}
 _GIL_SECONDS = 0.5
+# Of a GPU, for the contexts of the run's processes, where the broker cannot see them.
+_CONTEXTS = 5 << 30
+# The broker looks at a GPU ten times a second, and must have seen a context before the rest is filled.
+_LOOK_SECONDS = 0.4
+_FILLS = 3
 
 
 class Bench:
@@ -45,21 +51,19 @@ class Bench:
         self._stack = ExitStack()
 
     def __enter__(self) -> Bench:
+        kind = device_of(self._backend)[0]
         with ExitStack() as stack:
-            with tem.Arena(
-                self._backend, capacity=PAGE if self._backend == "host" else None, broker=None
-            ) as arena:
-                self.uuid = None if arena.backend == "host" else arena.uuid
-                kind = arena.backend
+            with tem.Arena(self._backend, capacity=PAGE if kind == "host" else None, broker=None) as arena:
+                left = arena.capacity - 2 * self._size - _CONTEXTS
+                capacity = 2 * self._size if kind == "host" else left
+                self.uuid = None if kind == "host" else arena.uuid
                 # They hold theirs before the broker comes: it shares out the rest.
                 self._floor = stack.enter_context(HandoverFloor(self._backend, self._size, EXTENT))
                 self._pages = stack.enter_context(HandoverFloor(self._backend, self._size, PAGE))
                 for floor in (self._floor, self._pages):
                     floor.hold()
-                self._broker: BrokerProcess = stack.enter_context(
-                    broker_for(arena, 2 * self._size, FREE[kind])
-                )
-            self._taker = self._start(stack, TAKER)
+                self._broker = stack.enter_context(broker_for(arena, capacity, FREE[kind]))
+            self._taker = stack.enter_context(self._worker(TAKER))
             self._stack = stack.pop_all()
         return self
 
@@ -69,12 +73,12 @@ class Bench:
     def run(self) -> dict[str, Readings]:
         """All of it, from the emptiest victim to the busiest."""
         raw = {}
-        with self._start(self._stack, HOLDER) as holder:
+        with self._worker(HOLDER) as holder:
             raw[IDLE] = self._idle(holder)
             raw[NO_GIL] = self._without_gil(holder)
             holder.ask({"op": "empty"})
             raw[RESERVE] = self._reserve()
-        with self._start(self._stack, TRAINER) as trainer:
+        with self._worker(TRAINER) as trainer:
             raw[TRAINING] = self._training(trainer)
             trainer.ask({"op": "end"})
         with self._broker.control() as control:
@@ -84,10 +88,9 @@ class Bench:
 
     def _idle(self, holder: Worker) -> Readings:
         holder.ask({"op": "fill"})
-        readings = self._interleave(
+        return self._interleave(
             IDLE, self._rounds, take=self._take, give=self._give, fill=lambda: self._fill(holder)
         )
-        return readings
 
     def _without_gil(self, holder: Worker) -> Readings:
         def take() -> float:
@@ -134,10 +137,12 @@ class Bench:
             cases |= {name: floor.take, f"{name} give": floor.give, f"{name} hold": floor.hold}
         return interleave(cases | ours, rounds, label=label)
 
-    def _start(self, stack: ExitStack, role: str) -> Worker:
-        worker = stack.enter_context(Worker("handover_worker", role, self._backend))
-        worker.ask({"op": "open", "path": self._broker.path})
-        return worker
+    @contextmanager
+    def _worker(self, role: str) -> Iterator[Worker]:
+        with Worker("handover_worker", role, self._backend) as worker:
+            worker.ask({"op": "open", "path": self._broker.path})
+            time.sleep(_LOOK_SECONDS)
+            yield worker
 
     def _ask_for_memory(self) -> dict[str, Any]:
         answer: dict[str, Any] = self._taker.ask({"op": "take", "nbytes": self._size})
@@ -152,15 +157,15 @@ class Bench:
 
     def _fill(self, victim: Worker) -> float:
         """The victim has all again that the taker gave back."""
-        victim.ask({"op": "fill"})
-        with self._broker.control() as control:
-            (device,) = control.state().devices
-        # Less than an extent may be left over beside those of a fill.
-        if device.free >= self._size:
-            raise tem.TemError(
-                f"{tem.format_bytes(device.free)} is free: the victim does not fill the device"
-            )
-        return float(device.free)
+        for _ in range(_FILLS):
+            victim.ask({"op": "fill"})
+            with self._broker.control() as control:
+                (device,) = control.state().devices
+            # Less than an extent may be left over beside those of a fill.
+            if device.free < self._size:
+                return float(device.free)
+            time.sleep(_LOOK_SECONDS)
+        raise tem.TemError(f"{tem.format_bytes(device.free)} is free: the victim does not fill the device")
 
 
 def run(backend: str, size: int, rounds: int, arguments: Sequence[str]) -> Result:

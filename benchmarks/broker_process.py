@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 import select
@@ -124,11 +125,11 @@ def broker_for(arena: tem.Arena, capacity: int, free: int) -> BrokerProcess:
 
     Args:
         arena: one without a broker; only read.
-        capacity: bytes to share out on the host. A GPU is shared out whole.
-        free: bytes that are never leased, and so stay free on the device.
+        capacity: bytes to share out. A GPU that the broker can see into is shared out whole.
+        free: bytes beside them that are never leased, and so stay free on the device.
     """
     device = "HOST" if arena.backend == "host" else arena.uuid
     options = ["--reserve", f"{device}={free},{free}"]
-    if arena.backend == "host":
+    if arena.backend == "host" or importlib.util.find_spec("pynvml") is None:
         options += ["--device", f"{device}={capacity + free}"]
     return BrokerProcess(options)

@@ -25,6 +25,7 @@ MIB = 1 << 20
 # Waited for before a demand that cannot be met is given up: a fill ends with one.
 _FILL_SECONDS = 0.05
 _TAKE_SECONDS = 10.0
+_STEPS_A_LOOK = 8
 
 
 class HandoverWorker:
@@ -142,6 +143,10 @@ class Trainer(HandoverWorker):
             self._filling = _C.host_stream_create()
         self._thread = threading.Thread(target=self._train)
         self._thread.start()
+        # By then the libraries have loaded their kernels, which takes memory that is not torch's.
+        while self._steps < _STEPS_A_LOOK:
+            self._check()
+            time.sleep(0.01)
         return opened
 
     def fill(self) -> dict[str, int]:
@@ -149,8 +154,7 @@ class Trainer(HandoverWorker):
         self._filled.clear()
         self._wanted.set()
         while not self._filled.wait(0.1):
-            if self._error:
-                raise tem.TemError(self._error)
+            self._check()
         stats = self._core.stats()
         kinds = {"reserved": "reserved_bytes", "allocated": "allocated_bytes"}
         return {name: stats[kind]["all"]["current"] for name, kind in kinds.items()}
@@ -164,6 +168,10 @@ class Trainer(HandoverWorker):
         self._stop = True
         self._thread.join()
 
+    def _check(self) -> None:
+        if self._error:
+            raise tem.TemError(self._error)
+
     def _train(self) -> None:
         try:
             with self.account.allocations():
@@ -176,13 +184,15 @@ class Trainer(HandoverWorker):
         model, batch, length = ("gpt-124m", 8, 1024) if on_cuda else ("gpt-tiny", 2, 128)
         job = make_job(model, self._device, batch)
         while not self._stop:
-            # Read as a training's log does, so that the CPU does not run away from the GPU.
-            float(job.step(length))
+            loss = job.step(length)
             self._steps += 1
+            # Read as a training's log reads it, so that the CPU does not run away from the GPU.
+            if self._steps % _STEPS_A_LOOK == 0:
+                float(loss)
             if self._wanted.is_set():
                 self._wanted.clear()
                 self._cache()
-                float(job.step(length))
+                job.step(length)
                 self._filled.set()
         del job
         gc.collect()

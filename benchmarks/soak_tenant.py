@@ -113,7 +113,7 @@ class Tenant:
                 self._account,
                 pattern,
                 part,
-                self._random.choice([0, part // 2, part]),
+                self._random.choice([0, 0, part // 2, part]),
                 1 + self._random.randrange(255),
             )
             for _ in range(RANGES)

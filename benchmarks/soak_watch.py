@@ -30,6 +30,7 @@ class Watch:
         self.last: MachineState | None = None
         self.away = threading.Event()
         self._broker = broker
+        self._shared = 0
         self._counts: dict[int, tuple[int, int]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch")
@@ -89,9 +90,9 @@ class Watch:
 
     def _check(self, device: DeviceState) -> None:
         leases = sum(account.lease for account in device.accounts)
-        shared = device.capacity - device.reserve_low
+        # A GPU's capacity sinks when others take of it, while leases of before are still there.
+        self._shared = max(self._shared, device.capacity - device.reserve_low)
         if leases != device.leased:
             self.wrong.setdefault("sums", f"{leases} B are the accounts' leases, and {device.leased} leased")
-        # What others hold outside of the system comes off a GPU's capacity while leases are there.
-        if device.leased > shared and not device.outside:
-            self.wrong.setdefault("capacity", f"{device.leased} B were leased of {shared}")
+        if device.leased > self._shared:
+            self.wrong.setdefault("capacity", f"{device.leased} B were leased of {self._shared}")
