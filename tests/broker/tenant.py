@@ -73,9 +73,11 @@ class Tenant:
         """The next message; None at the end of the connection or of the time."""
         if not select.select([self.socket], [], [], timeout)[0]:
             return None
-        with contextlib.suppress(ConnectionResetError):
-            if data := self.socket.recv(MAX_MESSAGE):
-                return decode(data)
+        # A reset is told once, before what was sent: the broker has closed with something unread.
+        for _ in range(2):
+            with contextlib.suppress(ConnectionResetError):
+                data = self.socket.recv(MAX_MESSAGE)
+                return decode(data) if data else None
         return None
 
     def wait(self, number: int, timeout: float = LONG) -> Message:

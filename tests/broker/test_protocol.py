@@ -30,7 +30,8 @@ from torch_elastic_mem.broker.protocol import (
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
-TEXT = st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=7)
+# Of at most four bytes a character, so that it fits the smallest field.
+TEXT = st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=3)
 LIMITS = st.builds(Limits, st.integers(-(2**63), 2**63 - 1), U64, U64, U64, U64, st.floats(allow_nan=False))
 FIELDS = {
     "I": U32,

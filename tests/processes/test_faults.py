@@ -119,6 +119,23 @@ def test_without_a_broker_tenants_go_on_and_the_next_one_learns_what_they_hold(m
     assert state.leased <= state.capacity
 
 
+def test_a_tenant_that_stands_still_while_the_broker_is_replaced_is_waited_for(machine: Machine) -> None:
+    hog = machine.peer("training")
+    hog("grow", 100 * MiB)
+    os.kill(hog.pid, signal.SIGSTOP)
+    machine.service.stop(signal.SIGKILL)
+    machine.service.start()
+    taker = machine.peer("training")
+    with pytest.raises(Refused):
+        taker("grow", 100 * MiB, 1.5)
+    os.kill(hog.pid, signal.SIGCONT)
+    deadline = time.monotonic() + 20
+    while (state := machine.state()) is None or state.leased < 100 * MiB:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert state.leased <= state.capacity
+
+
 def test_a_demand_that_waits_when_the_broker_dies_is_granted_by_the_next(machine: Machine) -> None:
     hog = machine.peer("training", keep=False)
     hog("grow", 120 * MiB)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch_elastic_mem import _C
 from torch_elastic_mem.broker.heir import Heir
 from torch_elastic_mem.broker.holder import Holder
@@ -22,6 +24,8 @@ class Accounts:
         self.reserve_low = reserve_low
         self.reserve_high = reserve_high
         self.holders: dict[int, Holder] = {}
+        # Accounts that hold memory, counted by the value of their class.
+        self._holding: Counter[int] = Counter()
         # By the number of the account whose bytes they take over.
         self.heirs: dict[int, Heir] = {}
 
@@ -73,7 +77,12 @@ class Accounts:
             InvalidArgument, AdmissionError: as for `open`. Nothing was changed.
         """
         self.ledger.set_limits(holder.id, for_ledger(limits))
+        moved = limits.value != holder.limits.value and holder.lease
+        if moved:
+            self._count(holder, -1)
         holder.priority, holder.limits = priority, limits
+        if moved:
+            self._count(holder, 1)
 
     def set_capacity(self, capacity: int) -> None:
         """Follows the device. What has been promised by `min` stays promised."""
@@ -86,13 +95,19 @@ class Accounts:
         """Grants if there is room, behind the queue."""
         if not self.ledger.grant(holder.id, bytes):
             return False
-        holder.lease += bytes
+        self.add(holder, bytes)
         return True
+
+    def add(self, holder: Holder, bytes: int) -> None:
+        """Notes what the ledger has granted or taken back."""
+        before, holder.lease = holder.lease, holder.lease + bytes
+        if bool(before) != bool(holder.lease):
+            self._count(holder, 1 if holder.lease else -1)
 
     def charge(self, holder: Holder, bytes: int) -> None:
         """Grants what is held already."""
         self.ledger.charge(holder.id, bytes)
-        holder.lease += bytes
+        self.add(holder, bytes)
 
     def discharge(self, holder: Holder, bytes: int) -> None:
         """Takes lease back. What is shared passes to the share's own account.
@@ -101,7 +116,7 @@ class Accounts:
             InvalidArgument: it is more than the account's.
         """
         self.ledger.give_back(holder.id, bytes)
-        holder.lease -= bytes
+        self.add(holder, -bytes)
         if heir := self.heirs.get(holder.id):
             self.charge(heir, heir.inherits(holder.lease))
 
@@ -112,8 +127,7 @@ class Accounts:
         """
         if not self.above_low or holder.lease + bytes <= holder.limits.min:
             return 0
-        value = holder.limits.value
-        above = any(other.lease and other.limits.value < value for other in self.holders.values())
+        above = any(value < holder.limits.value for value in self._holding)
         return 0 if above else self.above_low
 
     def own_room(self, holder: Holder) -> int:
@@ -144,3 +158,9 @@ class Accounts:
             return self.open(session, name, priority, wanted, forced)
         except AdmissionError:
             return self.open(session, name, priority, wanted, (forced[0], forced[1]._replace(min=0)))
+
+    def _count(self, holder: Holder, change: int) -> None:
+        value = holder.limits.value
+        self._holding[value] += change
+        if not self._holding[value]:
+            del self._holding[value]

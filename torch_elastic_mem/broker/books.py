@@ -16,6 +16,7 @@ from torch_elastic_mem.broker.config import LimitsConfig
 from torch_elastic_mem.broker.demands import Demands
 from torch_elastic_mem.broker.device import Device
 from torch_elastic_mem.broker.device_view import Reading
+from torch_elastic_mem.broker.grace import Grace
 from torch_elastic_mem.broker.groups import Groups
 from torch_elastic_mem.broker.holder import Holder
 from torch_elastic_mem.broker.journal import Journal
@@ -53,7 +54,7 @@ class Books:
 
     Attributes:
         rules: the operator's limits; the broker's own list, which it may change.
-        grace: until when nothing is granted, for tenants of a broker that has died to come back.
+        grace: in which nothing is granted.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Books:
         journal: Journal,
         groups: Groups,
         rules: list[LimitsConfig],
-        grace: float = 0.0,
+        grace: Grace,
     ) -> None:
         self.device = device
         self.rules = rules
@@ -288,8 +289,8 @@ class Books:
             times.append(queued.deadline)
             if queued.holder.cool > now:
                 times.append(queued.holder.cool)
-        if self._queue and now < self.grace:
-            times.append(self.grace)
+        if self._queue and now < self.grace.until:
+            times.append(self.grace.until)
         return min(times, default=math.inf)
 
     def settle(self, now: float) -> None:
@@ -301,7 +302,7 @@ class Books:
             self._bury_seen(now)
         if self._queue:
             self._demands.settle(now)
-        if now >= self.grace:
+        if now >= self.grace.until:
             self._reclaim.pursue(now)
 
     def state(self, now: float) -> DeviceState:

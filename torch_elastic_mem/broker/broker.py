@@ -15,6 +15,7 @@ from torch_elastic_mem.broker.books import Books
 from torch_elastic_mem.broker.config import Config, LimitsConfig, memory_of_the_machine
 from torch_elastic_mem.broker.device import Device
 from torch_elastic_mem.broker.device_view import DeviceView, NoView, Reading
+from torch_elastic_mem.broker.grace import Grace
 from torch_elastic_mem.broker.groups import Groups
 from torch_elastic_mem.broker.holder import Holder
 from torch_elastic_mem.broker.journal import Journal
@@ -58,7 +59,7 @@ class Broker:
         config: what the operator wants.
         view: what the devices show.
         grace: seconds from now in which nothing is granted on devices that cannot be seen, for the tenants of
-            a broker that has died to come back.
+            a broker that has died to come back; see `end_grace`.
         started: the clock tick since boot at which the broker's process started; processes from before may
             hold what another broker granted.
         clock: seconds, monotonic.
@@ -82,7 +83,7 @@ class Broker:
         self._config = config or Config()
         self._view = view or NoView()
         self._started = clock()
-        self._grace = self._started + grace if grace else 0.0
+        self._grace = Grace(self._started + grace if grace else 0.0)
         self._start_tick = started
         self._groups = Groups()
         self._set: list[LimitsConfig] = []
@@ -224,6 +225,10 @@ class Broker:
 
     # The tenants' side.
 
+    def end_grace(self, seconds: float) -> None:
+        """Everybody who could come back is there, or gone: the grace lasts at most so much longer."""
+        self._grace.until = min(self._grace.until, self.clock() + seconds)
+
     def connections_of(self, uid: int) -> int:
         """How many connections a user may have."""
         return self._config.grant_of(uid).connections
@@ -335,10 +340,11 @@ class Broker:
 
     def _turn(self, now: float) -> None:
         """What one device's books have changed for another's, and who waits for it all."""
-        while stale := [books for books in self._books.values() if books.stale]:
-            for books in stale:
-                books.settle(now)
-        for waiter in list(self._waiters):
+        while any(books.stale for books in self._books.values()):
+            for books in self._books.values():
+                if books.stale:
+                    books.settle(now)
+        for waiter in list(self._waiters) if self._waiters else ():
             finished, answered = waiter
             if answered.done() or finished(now):
                 self._waiters.remove(waiter)
@@ -357,7 +363,7 @@ class Broker:
         limit = config.capacity_of(message.device, total)
         device = Device(message.device, message.label or message.device, message.backend, total, limit)
         reserve = config.reserve_of(message.backend, limit)
-        grace = 0.0 if reading is not None else self._grace
+        grace = Grace() if reading is not None else self._grace
         books = Books(device, reserve, self.post, self.journal, self._groups, self._rules, grace)
         if reading is not None:
             books.look(reading, self.clock())

@@ -23,13 +23,15 @@ from torch_elastic_mem.broker.config import Config
 from torch_elastic_mem.broker.device_view import DeviceView, NoView, Reading, nvml_view
 from torch_elastic_mem.broker.paths import Paths, prepare
 from torch_elastic_mem.broker.peers import start_tick
+from torch_elastic_mem.broker.roster import Key, Roster, lives
 from torch_elastic_mem.broker.server import Server
 from torch_elastic_mem.errors import InUseError, InvalidArgument, TemError
 
 # How long tenants of a broker that died have to come back before memory that cannot be seen is granted again.
-GRACE = 0.5
+# One that stands still may need all of it; when all have come, they have so long to say what they hold.
+GRACE = 10.0
+SAYING = 0.5
 LOOK_EVERY = 0.1
-_DIRTY, _CLEAN = "dirty", "clean"
 
 logger = logging.getLogger(__name__)
 
@@ -85,17 +87,18 @@ async def run(
         stack.callback(log.stop, handler)
         _raise_descriptors()
         paths = prepare(directory, _group_id(config.group))
-        lock = stack.enter_context(_locked(paths.lock))
+        stack.enter_context(_locked(paths.lock))
         sockets = systemd.inherited(environment)
         given = sockets.pop("tenants", None)
         listener = given or listen(paths.tenants, config)
         view = view or nvml_view()
-        grace = GRACE if lock.found_dirty else 0.0
+        roster = Roster(paths.directory / "roster")
+        awaited = roster.left()
+        grace = GRACE if awaited else 0.0
         loop = asyncio.get_running_loop()
         broker = Broker(config, view, grace, start_tick(os.getpid()), loop.time)
-        server = Server(broker, listener)
+        server = Server(broker, listener, roster)
         running = Running(broker, server, paths, config, sockets)
-        lock.write(_DIRTY)
         loop.set_exception_handler(_note_failure)
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -108,19 +111,17 @@ async def run(
                 await beside.enter_async_context(service(running))
             await beside.enter_async_context(_background(_look(running, view)))
             await beside.enter_async_context(_background(_watchdog(environment)))
+            await beside.enter_async_context(_background(_await_tenants(running, awaited)))
             logger.info("serving at %s as process %d, epoch %d", paths.tenants, os.getpid(), broker.epoch)
             systemd.notify(environment, "READY=1")
             ready(running)
             await stop.wait()
             logger.info("stopping")
             systemd.notify(environment, "STOPPING=1")
-        tenants = any(device.leased for device in broker.state().devices)
         server.close()
         # What systemd has opened it gives to the next broker.
         if given is None:
             paths.tenants.unlink(missing_ok=True)
-        if not tenants:
-            lock.write(_CLEAN)
 
 
 def listen(path: Path, config: Config) -> socket.socket:
@@ -146,32 +147,21 @@ def listen(path: Path, config: Config) -> socket.socket:
     return listener
 
 
-class _Lock:
-    """The locked file: who serves, and whether tenants were left that hold memory."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self.found_dirty = _DIRTY in os.pread(descriptor, 256, 0).decode(errors="replace")
-
-    def write(self, mark: str) -> None:
-        """Notes the pid and a mark."""
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()} {mark}\n".encode(), 0)
-
-
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[_Lock]:
+def _locked(path: Path) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pid = os.pread(descriptor, 256, 0).decode(errors="replace").split(" ")[0] or "unknown"
+            pid = os.pread(descriptor, 256, 0).decode(errors="replace").strip() or "unknown"
             raise InUseError(
                 f"another broker serves in {path.parent}: process {pid}; stop it, or give this one "
                 f"another directory"
             ) from None
-        yield _Lock(descriptor)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
     finally:
         os.close(descriptor)
 
@@ -211,6 +201,17 @@ async def _look(running: Running, view: DeviceView) -> AsyncIterator[None]:
             running.broker.look(await loop.run_in_executor(None, read, uuids))
             running.server.flush()
         await asyncio.sleep(LOOK_EVERY)
+        yield
+
+
+async def _await_tenants(running: Running, awaited: set[Key]) -> AsyncIterator[None]:
+    """Ends the grace when all tenants of the last broker have connected, or are gone."""
+    while awaited:
+        awaited = {key for key in awaited if lives(key) and not running.server.knows(*key)}
+        if not awaited:
+            running.broker.end_grace(SAYING)
+            running.server.flush()
+        await asyncio.sleep(LOOK_EVERY / 2)
         yield
 
 

@@ -6,6 +6,7 @@ from torch_elastic_mem.broker import words
 from torch_elastic_mem.broker.accounts import Accounts
 from torch_elastic_mem.broker.asks import Asks
 from torch_elastic_mem.broker.device import Device
+from torch_elastic_mem.broker.grace import Grace
 from torch_elastic_mem.broker.groups import Groups
 from torch_elastic_mem.broker.holder import Holder
 from torch_elastic_mem.broker.journal import Journal
@@ -45,7 +46,7 @@ class Demands:
         groups: Groups,
         post: list[Letter],
         journal: Journal,
-        grace: float,
+        grace: Grace,
     ) -> None:
         self.stale = False
         self._device = device
@@ -68,7 +69,7 @@ class Demands:
             raise ProtocolError(
                 f"a demand of {message.bytes} to {message.want} bytes up to rung {message.rung}"
             )
-        grace = now < self._grace
+        grace = now < self._grace.until
         refusal = self._refusal(holder, message.bytes)
         if refusal is None and not grace and not message.group:
             kept = self._accounts.kept_free(holder, message.bytes)
@@ -80,7 +81,7 @@ class Demands:
             demander=holder.title,
             top=-1 if free_only else message.rung,
             start=now,
-            deadline=(self._grace if grace else now) if free_only else now + message.timeout / 1e6,
+            deadline=(self._grace.until if grace else now) if free_only else now + message.timeout / 1e6,
             holder=holder,
             request=request,
             demand=message,
@@ -144,7 +145,7 @@ class Demands:
         self.stale = True
 
     def _serve(self, now: float) -> None:
-        if now < self._grace:
+        if now < self._grace.until:
             return
         for queued in self._queue.serve():
             if queued.demand.group:

@@ -245,40 +245,45 @@ def decode(data: bytes) -> tuple[int, Message]:
 
 
 _HEADER = struct.Struct("<HHIQ")
-_PLAIN, _TEXT, _LIMITS, _PAD = range(4)
+_PLAIN, _TEXT, _LIMITS = range(3)
+_ZERO = bytes(4)
 
 
 class _Codec:
-    """One message's layout, compiled."""
+    """One message's layout, compiled. Messages of numbers alone, pads aside, take the short way."""
 
     def __init__(self, kind: type[Message]) -> None:
         self._kind = kind
         tokens = kind.WIRE.split()
         self._open_end = tokens[-1:] == ["..."]
-        letters, self._parts = [], []
+        letters, self._parts, self._pads = ["<HHIQ"], [], []
         for token in tokens[: -1 if self._open_end else None]:
-            letters.append({"limits": "q4Qd", "_": "I"}.get(token, token))
-            part = {"limits": _LIMITS, "_": _PAD}.get(token, _TEXT if token.endswith("s") else _PLAIN)
-            self._parts.append((part, int(token[:-1]) if part == _TEXT else 0))
-        self._struct = struct.Struct("<HHIQ" + "".join(letters))
+            if token == "_":
+                self._pads.append(struct.calcsize("".join(letters)))
+            else:
+                part = _LIMITS if token == "limits" else _TEXT if token.endswith("s") else _PLAIN
+                self._parts.append((part, int(token[:-1]) if part == _TEXT else 0))
+            letters.append({"limits": "q4Qd", "_": "4x"}.get(token, token))
+        self._struct = struct.Struct("".join(letters))
         self._flat = not self._open_end and all(part == _PLAIN for part, _ in self._parts)
         self._names = kind.__struct_fields__
 
     def encode(self, request: int, message: Message) -> bytes:
+        whole = self._struct.size
+        if self._flat:
+            fields = [getattr(message, name) for name in self._names]
+            return self._struct.pack(VERSION, message.TYPE, whole, request, *fields)
         values: list[Any] = []
-        fields = iter([getattr(message, name) for name in self._names])
+        left = iter([getattr(message, name) for name in self._names])
         for part, room in self._parts:
-            if part == _PAD:
-                values.append(0)
-            elif part == _LIMITS:
-                values.extend(next(fields))
+            if part == _LIMITS:
+                values.extend(next(left))
             elif part == _TEXT:
-                values.append(_cut(next(fields), room - 1))
+                values.append(_cut(next(left), room - 1))
             else:
-                values.append(next(fields))
-        tail = _cut(next(fields), MAX_MESSAGE - self._struct.size) if self._open_end else b""
-        length = self._struct.size + len(tail)
-        return self._struct.pack(VERSION, message.TYPE, length, request, *values) + tail
+                values.append(next(left))
+        tail = _cut(next(left), MAX_MESSAGE - whole) if self._open_end else b""
+        return self._struct.pack(VERSION, message.TYPE, whole + len(tail), request, *values) + tail
 
     def decode(self, data: bytes) -> tuple[int, Message]:
         size = self._struct.size
@@ -287,23 +292,21 @@ class _Codec:
             raise ProtocolError(
                 f"a message of type {self._kind.TYPE} ({name}) of {len(data)} bytes, not {size}"
             )
+        for at in self._pads:
+            if data[at : at + 4] != _ZERO:
+                raise ProtocolError("a pad that is not zero")
         values = self._struct.unpack_from(data)
         if self._flat:
             return values[3], self._kind(*values[4:])
         fields: list[Any] = []
         at = 4
         for part, _ in self._parts:
-            value = values[at]
+            if part == _LIMITS:
+                fields.append(Limits._make(values[at : at + 6]))
+                at += 6
+                continue
+            fields.append(_text(values[at]) if part == _TEXT else values[at])
             at += 1
-            if part == _PLAIN:
-                fields.append(value)
-            elif part == _TEXT:
-                fields.append(_text(value))
-            elif part == _LIMITS:
-                fields.append(Limits._make(values[at - 1 : at + 5]))
-                at += 5
-            elif value != 0:
-                raise ProtocolError("a pad that is not zero")
         if self._open_end:
             fields.append(_utf8(data[size:]))
         return values[3], self._kind(*fields)

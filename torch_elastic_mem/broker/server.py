@@ -26,14 +26,18 @@ from torch_elastic_mem.broker.protocol import (
     decode,
     encode,
 )
+from torch_elastic_mem.broker.roster import Roster
 from torch_elastic_mem.broker.rules import kind_of
 from torch_elastic_mem.broker.session import Process, Session
 from torch_elastic_mem.errors import TemError
 
 # Messages that wait for a process to read. One that is so far behind has stopped listening.
 MOST_UNREAD = 1024
+# Connections accepted in one turn.
+MOST_AT_ONCE = 32
 # Messages taken from one connection before others have their turn.
-TURN = 32
+# A RETURN and the DEMAND behind it.
+TURN = 2
 # Without descriptors nobody can be told so; somebody may end meanwhile.
 PAUSE = 0.1
 
@@ -67,9 +71,10 @@ class Server:
     Not thread-safe: it lives in one asyncio loop, which must be running.
     """
 
-    def __init__(self, broker: Broker, listener: socket.socket) -> None:
+    def __init__(self, broker: Broker, listener: socket.socket, roster: Roster) -> None:
         self._broker = broker
         self._listener = listener
+        self._roster = roster
         self._loop = asyncio.get_running_loop()
         self._seats: dict[tuple[int, int], Seat] = {}
         self._by_session: dict[Session, Connection] = {}
@@ -85,6 +90,10 @@ class Server:
     def connections(self) -> int:
         """How many there are."""
         return sum(len(seat.connections) for seat in self._seats.values())
+
+    def knows(self, pid: int, start: int) -> bool:
+        """Whether a process, by its number and the tick it started at, has connected."""
+        return (pid, start) in self._seats
 
     def close(self) -> None:
         """Stops. Connections end, and tenants keep what they hold."""
@@ -105,7 +114,7 @@ class Server:
     # Coming.
 
     def _accept(self) -> None:
-        for _ in range(TURN):
+        for _ in range(MOST_AT_ONCE):
             try:
                 connected, _ = self._listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -162,6 +171,7 @@ class Server:
         process, descriptor = identify(pid, uid)
         seat = self._seats[pid, process.start] = Seat(process, descriptor)
         self._loop.add_reader(descriptor, self._bury, seat)
+        self._roster.add(process)
         return seat
 
     @staticmethod
@@ -330,6 +340,7 @@ class Server:
         if self._seats.pop((seat.process.pid, seat.process.start), None) is not None:
             self._loop.remove_reader(seat.descriptor)
             os.close(seat.descriptor)
+            self._roster.discard(seat.process)
 
 
 def _request_of(data: bytes) -> int:
