@@ -329,7 +329,10 @@ class Broker:
     def wake(self) -> float:
         """When to call `tick` next, in seconds of the clock; infinity for never."""
         now = self.clock()
-        return min((books.wake(now) for books in self._books.values()), default=math.inf)
+        first = math.inf
+        for books in self._books.values():
+            first = min(first, books.wake(now))
+        return first
 
     def tick(self) -> None:
         """Does what is due."""

@@ -62,6 +62,10 @@ class Reclaim:
     def pursue(self, now: float) -> None:
         """Asks for what is missing and not on its way."""
         ledger = self._accounts.ledger
+        quiet = not (self._orders or self._queue or self._asks or ledger.overdrawn)
+        if quiet and ledger.free >= self._accounts.above_low:
+            self._shrink = self._reserve = None
+            return
         for need, holders, bytes in self._orders:
             missing = bytes - need.gained - self._asks.expected(now, need)
             self._ask(need, missing, self._take_of(holders), holders, now)
