@@ -117,7 +117,7 @@ def test_a_directory_is_made_for_its_owner_alone(tmp_path: Path) -> None:
     made = paths.prepare(tmp_path / "a" / "b")
     assert made.directory.stat().st_mode & 0o777 == 0o700
     paths.prepare(tmp_path / "a" / "b", group=os.getegid())
-    assert made.directory.stat().st_mode & 0o777 == 0o770
+    assert made.directory.stat().st_mode & 0o777 == 0o750
     assert paths.prepare(tmp_path / "a" / "b").directory.stat().st_mode & 0o777 == 0o700
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("prometheus_client")
 from tests.broker.machine import machine, yielded
 from torch_elastic_mem.observe.metrics import Collector
 

@@ -8,8 +8,6 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
-
-pytest.importorskip("prometheus_client")
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 

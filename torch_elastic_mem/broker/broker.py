@@ -23,7 +23,6 @@ from torch_elastic_mem.broker.need import Need
 from torch_elastic_mem.broker.protocol import (
     HOST,
     PAUSE,
-    UNLIMITED,
     Close,
     Demand,
     Gave,
@@ -38,13 +37,12 @@ from torch_elastic_mem.broker.protocol import (
     Welcome,
     Withdraw,
 )
-from torch_elastic_mem.broker.rules import kind_of
+from torch_elastic_mem.broker.rules import kind_of, limits_rule
 from torch_elastic_mem.broker.session import Letter, Process, Session
 from torch_elastic_mem.broker.state import Event, MachineState
 from torch_elastic_mem.errors import InvalidArgument, TemError
 from torch_elastic_mem.priority import HIGHEST_VALUE, LOWEST_VALUE
 from torch_elastic_mem.priority import priority as priority_class
-from torch_elastic_mem.units import parse_bytes
 from torch_elastic_mem.version import VERSION
 
 
@@ -136,22 +134,7 @@ class Broker:
             InvalidArgument: there is no such device or account, or the limits contradict each other.
             AdmissionError: a `min` does not fit. No limit was changed.
         """
-        if not limits:
-            raise InvalidArgument("no limit is given; give some of min, low, high, max, weight")
-        if unknown := limits.keys() - {"min", "low", "high", "max", "weight"}:
-            raise InvalidArgument(f"no limit '{min(unknown)}'; there are min, low, high, max, weight")
-        sizes = {
-            field: UNLIMITED if size is None and field in ("high", "max") else size
-            for field, size in limits.items()
-        }
-        for field, size in sizes.items():
-            if field != "weight" and size != UNLIMITED:
-                parse_bytes(size)  # type: ignore[arg-type]  # it refuses what is no size
-        try:
-            rule = msgspec.convert({"name": name, "device": device, **sizes}, LimitsConfig)
-        except msgspec.ValidationError as error:
-            raise InvalidArgument(str(error)) from None
-        return self._add_rule(rule)
+        return self._add_rule(limits_rule(name, device, limits))
 
     def set_priority(self, name: str, priority: str | int) -> int:
         """Moves accounts to another class, by its name or value; otherwise as `set_limits`.
@@ -329,10 +312,7 @@ class Broker:
     def wake(self) -> float:
         """When to call `tick` next, in seconds of the clock; infinity for never."""
         now = self.clock()
-        first = math.inf
-        for books in self._books.values():
-            first = min(first, books.wake(now))
-        return first
+        return min((books.wake(now) for books in self._books.values()), default=math.inf)
 
     def tick(self) -> None:
         """Does what is due."""

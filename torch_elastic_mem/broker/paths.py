@@ -86,7 +86,7 @@ def prepare(directory: Path, group: int | None = None) -> Paths:
         check(directory, group)
     if group is not None:
         os.chown(directory, -1, group)
-    os.chmod(directory, 0o700 if group is None else 0o770)
+    os.chmod(directory, 0o700 if group is None else 0o750)
     return paths
 
 

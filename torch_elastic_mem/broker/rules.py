@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+import msgspec
 
 from torch_elastic_mem import _C
 from torch_elastic_mem.broker.config import Grant, LimitsConfig
@@ -35,6 +37,29 @@ def kind_of(error: TemError) -> int:
     if isinstance(error, NotPermitted):
         return NOT_PERMITTED
     return next((number for kind, number in _KINDS if isinstance(error, kind)), INVALID)
+
+
+def limits_rule(name: str, device: str | None, limits: Mapping[str, object]) -> LimitsConfig:
+    """What an operator wants of accounts, as a rule; None for `high` or `max` is no limit.
+
+    Raises:
+        InvalidArgument: there is no such limit, or it is no size.
+    """
+    if not limits:
+        raise InvalidArgument("no limit is given; give some of min, low, high, max, weight")
+    if unknown := limits.keys() - {"min", "low", "high", "max", "weight"}:
+        raise InvalidArgument(f"no limit '{min(unknown)}'; there are min, low, high, max, weight")
+    sizes = {
+        field: UNLIMITED if size is None and field in ("high", "max") else size
+        for field, size in limits.items()
+    }
+    for field, size in sizes.items():
+        if field != "weight" and size != UNLIMITED:
+            parse_bytes(size)  # type: ignore[arg-type]  # it refuses what is no size
+    try:
+        return msgspec.convert({"name": name, "device": device, **sizes}, LimitsConfig)
+    except msgspec.ValidationError as error:
+        raise InvalidArgument(str(error)) from None
 
 
 def for_ledger(limits: Limits) -> _C.Limits:
