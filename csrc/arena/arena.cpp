@@ -99,11 +99,12 @@ Arena::~Arena() {
   // Retired tenants hold extents whose fence has not passed. Their streams may never get there; then the
   // memory stays with the process rather than going while the device may still touch it.
   const Deadline deadline = deadline_in(kLastFences);
-  while (anything_pending() && Clock::now() < deadline)
+  const auto pending = [](const Seat& seat) { return seat.tenant->idle().pending != 0; };
+  while (std::any_of(seats_.begin(), seats_.end(), pending) && Clock::now() < deadline)
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   bool left = false;
   for (Seat& seat : seats_) {
-    if (seat.tenant->idle().pending == 0) continue;
+    if (!pending(seat)) continue;
     new std::shared_ptr<Tenant>(std::move(seat.tenant));
     left = true;
   }
@@ -234,7 +235,7 @@ void Arena::retire(Tenant& tenant) noexcept {
   for (Seat& seat : seats_) seat.retired = seat.retired || seat.tenant.get() == &tenant;
   trim_idle(nullptr);
   settle_spare();
-  if (anything_pending()) {
+  if (anything_waits()) {
     start_worker();
     wake_worker();
   }

@@ -251,7 +251,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   size_t coming_from(const std::vector<Ask>& asks, AccountId demander);
   Givable givable(const std::vector<uint64_t>& spent, Rung worst);
   void drop_retired();
-  bool anything_pending();
+  bool anything_waits();
   std::shared_ptr<Reclaimer> next_reclaimer(const std::vector<Ask>& asks, const std::vector<uint64_t>& spent,
                                             Rung worst) const;
   void squeeze(Lock& lock, AccountId demander, std::string label, Deadline deadline, Rung worst,

@@ -38,7 +38,8 @@ class Tenant {
   /// All it owns; they never change.
   virtual std::vector<Range*> ranges() = 0;
   virtual Idle idle() = 0;
-  /// True while idle extents that are not kept wait for a fence.
+  /// True while idle extents that are not kept are mapped. A fence may pass between a trim and this question,
+  /// so one that has passed counts as well: whoever asks would sleep over it.
   virtual bool waiting() = 0;
 
   /// Takes idle extents whose fence has passed out of use: at least `bytes` if there are that many, never

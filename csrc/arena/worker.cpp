@@ -57,7 +57,7 @@ void Arena::work() {
     }
     lock.lock();
     const auto due = [this] { return stopping_ || nudged_; };
-    if (anything_pending()) {
+    if (anything_waits()) {
       wake_.wait_for(lock, kFenceTick, due);
     } else {
       wake_.wait(lock, due);

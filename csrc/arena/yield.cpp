@@ -129,7 +129,7 @@ void Arena::drop_retired() {
   seats_.erase(std::remove_if(seats_.begin(), seats_.end(), done), seats_.end());
 }
 
-bool Arena::anything_pending() {
+bool Arena::anything_waits() {
   return std::any_of(seats_.begin(), seats_.end(), [](const Seat& seat) { return seat.tenant->waiting(); });
 }
 
@@ -146,7 +146,7 @@ void Arena::collect_quietly() noexcept {
   const Lock held(mutex_);
   trim_idle(nullptr);
   settle_spare();
-  if (anything_pending()) {
+  if (anything_waits()) {
     start_worker();
     wake_worker();
   }

@@ -223,8 +223,7 @@ Idle BlockRange::idle() {
 
 bool BlockRange::waiting() {
   const Guard guard(mutex_);
-  settle_pending();
-  return pending_bytes_ != 0 && idle_bytes() > keep_;
+  return idle_bytes() > keep_;
 }
 
 void BlockRange::leave(int32_t number, std::vector<Leaving>& out) {

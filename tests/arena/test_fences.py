@@ -31,6 +31,32 @@ def test_memory_stays_until_its_stream_has_got_there(rung: Rung) -> None:
     assert arena.snapshot().limbo == 0
 
 
+def test_a_fence_that_passes_while_somebody_looks_is_not_slept_over(rung: Rung) -> None:
+    arena = rung.arena()
+    account = arena.account("a")
+    memory = filled(account, 8 * MiB, keep=2 * MiB)
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            arena.snapshot()
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        for _ in range(10):
+            stream = rung.stream()
+            stream.submit()
+            memory.shrink(8 * MiB, stream=stream.handle)
+            time.sleep(0.003)
+            stream.complete()
+            assert comes_true(lambda: account.held == 2 * MiB)
+            memory.grow(8 * MiB)
+    finally:
+        done.set()
+        looker.join()
+
+
 def test_work_submitted_after_the_release_does_not_hold_it(rung: Rung) -> None:
     account = rung.arena().account("a")
     memory = filled(account, 4 * MiB)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.broker.world import Account, World
+from torch_elastic_mem.broker.device_view import Reading
 from torch_elastic_mem.broker.protocol import CLOSED, FREE_ONLY, OUT_OF_MEMORY, Denied, Done, Grant, Refused
 
 
@@ -364,12 +367,15 @@ def test_a_member_that_dies_undoes_the_group() -> None:
     assert world.lease("a", "GPU-1") == 0
 
 
-def test_in_the_grace_after_a_crash_demands_wait_for_tenants_to_come_back() -> None:
+@pytest.mark.parametrize("seen", [False, True])
+def test_in_the_grace_after_a_crash_demands_wait_for_tenants_to_come_back(seen: bool) -> None:
     world = World(grace=0.5)
-    early = world.player().open("early")
+    if seen:  # of a limit far below what the device has
+        world.view.readings["GPU-1"] = Reading(1000, 80)
+    early = world.player(device="GPU-1").open("early")
     number = early.demand(30, rung=FREE_ONLY)
     assert early.waits(number)
-    world.player().open("back", lease=80)
+    world.player(device="GPU-1").open("back", lease=80)
     world.wait(0.6)
     assert isinstance(early.player.answer(number), Denied)
     assert isinstance(early.player.answer(early.demand(20)), Grant)

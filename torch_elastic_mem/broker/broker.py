@@ -56,8 +56,8 @@ class Broker:
     Args:
         config: what the operator wants.
         view: what the devices show.
-        grace: seconds from now in which nothing is granted on devices that cannot be seen, for the tenants of
-            a broker that has died to come back; see `end_grace`.
+        grace: seconds from now in which nothing is granted, for the tenants of a broker that has died to come
+            back; see `end_grace`.
         started: the clock tick since boot at which the broker's process started; processes from before may
             hold what another broker granted.
         clock: seconds, monotonic.
@@ -346,8 +346,7 @@ class Broker:
         limit = config.capacity_of(message.device, total)
         device = Device(message.device, message.label or message.device, message.backend, total, limit)
         reserve = config.reserve_of(message.backend, limit)
-        grace = Grace() if reading is not None else self._grace
-        books = Books(device, reserve, self.post, self.journal, self._groups, self._rules, grace)
+        books = Books(device, reserve, self.post, self.journal, self._groups, self._rules, self._grace)
         if reading is not None:
             books.look(reading, self.clock())
         self._books[message.device] = books

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Grace:
-    """Until when, in seconds of the monotonic clock. The books of devices that cannot be seen share one."""
+    """Until when, in seconds of the monotonic clock.
+
+    All devices' books share one: even where the driver tells what is used, it does not tell what of a
+    configured limit is.
+    """
 
     until: float = 0.0
