@@ -102,10 +102,12 @@ import os, torch
 assert not torch.cuda.is_initialized()
 for _ in range(2):
     if (child := os.fork()) == 0:
-        assert torch.ones(1000, device="cuda").sum().item() == 1000 and torch.cuda.memory_allocated()
+        x = torch.ones(1000, device="cuda")
+        assert x.sum().item() == 1000 and torch.cuda.memory_allocated()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-print(torch.ones(1000, device="cuda").sum().item())
+x = torch.ones(1000, device="cuda")
+print(x.sum().item())
 """
     assert lines(run(code + HELD)) == ["1000.0", "training training"]
     assert lines(run(TWO_LINES + code + HELD, before=[])) == ["1000.0", "training training"]
