@@ -38,6 +38,8 @@ class ElasticKVTensor:
         layers: layers of the model; needed for the layout "layer".
         layout: "block" or "layer".
         keep: idle bytes that stay mapped until somebody needs them; an int or a text such as "1GiB".
+        extent: the size of every extent, a power of two from the device's granularity to 64 MiB, for a caller
+            that gives blocks back in groups of that size; 0: the arena chooses.
 
     Attributes:
         tensors: with "block" one tensor of shape (num_blocks, *block_shape), or (num_blocks, layers,
@@ -58,6 +60,7 @@ class ElasticKVTensor:
         layers: int | None = None,
         layout: str = "block",
         keep: int | str = 0,
+        extent: int | str = 0,
     ) -> None:
         shape = _shape(num_blocks, block_shape, layers, layout, dtype)
         stripes = layers if layout == "layer" and layers is not None else 1
@@ -79,6 +82,7 @@ class ElasticKVTensor:
             self._stripe_block_bytes,
             stripes=stripes,
             keep=parse_bytes(keep),
+            extent_bytes=parse_bytes(extent),
         )
         self._block_bytes = self._stripe_block_bytes * stripes
         self.tensors = [self._tensor(stripe) for stripe in range(stripes)]

@@ -1,0 +1,120 @@
+"""Which of an engine's blocks its pool may use: pure bookkeeping over vLLM's own BlockPool.
+
+Blocks without memory are *parked*: taken out of the pool as if a request held them. Admission, prefix lookup,
+eviction and preemption stay vLLM's, and never meet one. Blocks are parked in chunks, the neighbours that share
+extents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class Pool(Protocol):
+    """What of vLLM's `BlockPool` is used here."""
+
+    blocks: Sequence[Any]
+    free_block_queue: Any
+
+    def touch(self, blocks: Sequence[Any]) -> None: ...
+    def free_blocks(self, blocks: Iterable[Any]) -> None: ...
+    def evict_blocks(self, block_ids: set[int]) -> None: ...
+    def get_num_free_blocks(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Cost:
+    """What giving up a chunk costs, cheapest first: cached blocks, then how lately the last of them was used."""
+
+    cached: int
+    used: int
+    chunk: int
+
+
+class Balloon:
+    """The parked chunks of a pool. Not thread-safe: its owner's lock guards it and the pool.
+
+    The chunk of block 0, vLLM's null block, is never parked.
+
+    Args:
+        pool: vLLM's.
+        chunk_blocks: neighbouring blocks that are parked together.
+        resident: how many of the first chunks have memory already.
+    """
+
+    def __init__(self, pool: Pool, chunk_blocks: int, resident: int) -> None:
+        self._pool = pool
+        self._size = chunk_blocks
+        self.num_chunks = -(-len(pool.blocks) // chunk_blocks)
+        self._out: set[int] = set()
+        self.parked_blocks = 0
+        self.park(range(max(resident, 1), self.num_chunks))
+
+    @property
+    def parked(self) -> int:
+        """Chunks that are parked."""
+        return len(self._out)
+
+    def of(self, chunk: int) -> Sequence[Any]:
+        """A chunk's blocks."""
+        return self._pool.blocks[chunk * self._size : (chunk + 1) * self._size]
+
+    def park(self, chunks: Iterable[int]) -> None:
+        """Takes chunks that nobody uses out of the pool; what is cached in them is forgotten."""
+        for chunk in chunks:
+            blocks = self.of(chunk)
+            if cached := {block.block_id for block in blocks if block.block_hash is not None}:
+                self._pool.evict_blocks(cached)
+            self._pool.touch(blocks)
+            self._out.add(chunk)
+            self.parked_blocks += len(blocks)
+
+    def unpark(self, chunks: Iterable[int]) -> None:
+        """Lets the pool have these chunks again; the lowest of their blocks are used first."""
+        for chunk in sorted(chunks, reverse=True):
+            blocks = self.of(chunk)
+            self._out.remove(chunk)
+            self.parked_blocks -= len(blocks)
+            self._pool.free_blocks(blocks)
+
+    def next_out(self, count: int, without: Iterable[int] = ()) -> list[int]:
+        """The lowest parked chunks, so that the cache stays dense, but for those named."""
+        return sorted(self._out.difference(without))[:count]
+
+    def cheapest(self, count: int) -> list[int]:
+        """Up to so many chunks on which no request has a block: those that cost the prefix cache least.
+
+        By chunk rather than by block: what is cached beside it goes with a block in any case.
+        """
+        order: dict[int, int] = {}
+        block = self._pool.free_block_queue.fake_free_list_head.next_free_block
+        while block is not None and block.next_free_block is not None:
+            if block.block_hash is not None:
+                order[block.block_id] = len(order)
+            block = block.next_free_block
+        costs = []
+        for chunk in range(1, self.num_chunks):
+            if chunk in self._out:
+                continue
+            blocks = self.of(chunk)
+            # A block that is in no queue is in use even where nobody counts it, as sinks are.
+            if any(block.ref_cnt or block.prev_free_block is None for block in blocks):
+                continue
+            places = [order[block.block_id] for block in blocks if block.block_id in order]
+            costs.append(Cost(len(places), max(places, default=-1), -chunk))
+        return [-cost.chunk for cost in sorted(costs)[:count]]
+
+    def unused(self, most: int) -> int:
+        """Free blocks with nothing cached in them, counted up to `most`. vLLM hands these out first."""
+        block = self._pool.free_block_queue.fake_free_list_head.next_free_block
+        count = 0
+        while count < most and block.next_free_block is not None and block.block_hash is None:
+            count += 1
+            block = block.next_free_block
+        return count
+
+    def in_use(self) -> int:
+        """Blocks that requests hold, without the null block."""
+        return len(self._pool.blocks) - 1 - self._pool.get_num_free_blocks() - self.parked_blocks

@@ -1,0 +1,208 @@
+"""An engine's KV cache on an arena: addresses for all its blocks, memory under some of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from torch_elastic_mem.account import Account
+from torch_elastic_mem.activate.settings import Settings
+from torch_elastic_mem.arena import Arena
+from torch_elastic_mem.defaults import default_arena
+from torch_elastic_mem.elastic_kv import ElasticKVTensor
+from torch_elastic_mem.errors import InvalidArgument
+from torch_elastic_mem.integrations.vllm.compat import Region, Unsupported
+
+log = logging.getLogger("vllm.torch_elastic_mem")
+
+# What comes and goes at once, of all regions together. A driver's call costs the same for 2 MiB and for 16, and
+# the smaller the piece, the sooner nothing lives on it. A small cache has at least so many pieces.
+EXTENT = 16 << 20
+PIECES = 64
+
+_lock = threading.Lock()
+_host: Arena | None = None  # guarded by the lock
+_caches: dict[str, ElasticCache] = {}  # by the engine's instance id; guarded by the lock
+
+
+class ElasticCache:
+    """The memory under an engine's blocks, in chunks of neighbouring blocks. Thread-safe.
+
+    Args:
+        account: whom it is charged to.
+        num_blocks: of the whole cache.
+        regions: what vLLM allocates; a block has bytes in each.
+
+    Attributes:
+        chunk_blocks: blocks that come and go together.
+        num_chunks: the last may be shorter.
+        chunk_bytes: bytes of a whole chunk in all regions.
+        freed_bytes: what giving up a chunk frees at least, beside neighbours that stay.
+    """
+
+    def __init__(self, account: Account, num_blocks: int, regions: Sequence[Region]) -> None:
+        self.account = account
+        self.num_blocks = num_blocks
+        self.block_bytes = sum(region.block_bytes * region.layers for region in regions)
+        pieces = sum(region.layers for region in regions)
+        granularity = account.device.granularity
+        extent = self._extent(pieces)
+        self.chunk_blocks = max(1, -(-extent // min(region.block_bytes for region in regions)))
+        shared = 0
+        if any(
+            self.chunk_blocks * region.block_bytes % extent
+            or (region.layers > 1 and region.block_bytes * num_blocks % extent)
+            for region in regions
+        ):
+            # Neighbouring chunks share the extents at their edges: those had better be small.
+            extent, shared = granularity, 2 * granularity * pieces
+        self.num_chunks = -(-num_blocks // self.chunk_blocks)
+        self.chunk_bytes = self.chunk_blocks * self.block_bytes
+        self.freed_bytes = max(self.chunk_bytes - shared, granularity)
+        self._stream: Any = None
+        # Regions of one shape are stripes of one cache: their extents come and go together.
+        self._parts: list[tuple[ElasticKVTensor, int]] = []
+        self._free: dict[int, list[torch.Tensor]] = {}
+        for region in sorted(set(regions), key=lambda region: region.bytes):
+            part = ElasticKVTensor(
+                account,
+                num_blocks * region.layers,
+                (region.block_bytes,),
+                torch.int8,
+                layers=list(regions).count(region),
+                layout="layer",
+                extent=extent,
+            )
+            self._parts.append((part, region.layers))
+            self._free.setdefault(region.bytes, []).extend(tensor.view(-1) for tensor in part.tensors)
+
+    def _extent(self, pieces: int) -> int:
+        granularity = self.account.device.granularity
+        wanted = min(EXTENT // pieces, self.num_blocks * self.block_bytes // pieces // PIECES)
+        return max(granularity, 1 << max(wanted, 1).bit_length() - 1)
+
+    @contextmanager
+    def handed_out(self) -> Iterator[None]:
+        """Within the block vLLM's allocations of the KV cache are answered with this cache's tensors.
+
+        Raises:
+            Unsupported: it did not ask for each region once.
+        """
+        with _Allocations(self._free):
+            yield
+        if left := sum(map(len, self._free.values())):
+            raise Unsupported(f"vLLM did not allocate {left} of its KV cache's regions where they were expected")
+
+    def blocks(self, chunks: Iterable[int]) -> list[int]:
+        """The blocks of these chunks."""
+        size, end = self.chunk_blocks, self.num_blocks
+        return [block for chunk in chunks for block in range(chunk * size, min((chunk + 1) * size, end))]
+
+    def use_stream(self) -> None:
+        """The calling thread's current stream is the one whose work touches the cache from now on."""
+        if self.account.device.backend == "cuda":
+            self._stream = torch.cuda.current_stream()
+
+    def ensure(self, chunks: Iterable[int], timeout: float | None = None) -> None:
+        """Puts memory under all of the chunks or none.
+
+        Raises:
+            OutOfMemory: the memory is not to be had.
+        """
+        blocks = self.blocks(chunks)
+        done: list[tuple[ElasticKVTensor, list[int]]] = []
+        with torch.cuda.stream(self._stream):
+            try:
+                for part, layers in self._parts:
+                    numbers = self._in_layers(blocks, layers)
+                    part.ensure(numbers, timeout=timeout)
+                    done.append((part, numbers))
+            except BaseException:
+                for part, numbers in done:
+                    part.release(numbers)
+                raise
+
+    def release(self, chunks: Iterable[int]) -> None:
+        """Lets the memory under these chunks go, after all that the stream has been given so far."""
+        blocks = self.blocks(chunks)
+        with torch.cuda.stream(self._stream):
+            for part, layers in self._parts:
+                part.release(self._in_layers(blocks, layers))
+
+    def _in_layers(self, blocks: list[int], layers: int) -> list[int]:
+        if layers == 1:
+            return blocks
+        return [layer * self.num_blocks + block for layer in range(layers) for block in blocks]
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of memory under the cache."""
+        return sum(part.resident_bytes for part, _ in self._parts)
+
+
+class _Allocations(TorchFunctionMode):
+    """Answers the allocations of a KV cache, by their size, and no others."""
+
+    def __init__(self, tensors: dict[int, list[torch.Tensor]]) -> None:
+        super().__init__()
+        self._tensors = tensors
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.zeros and kwargs.get("dtype") is torch.int8 and len(args) == 1:
+            waiting = self._tensors.get(args[0])
+            if waiting:
+                return waiting.pop(0)
+        return func(*args, **kwargs)
+
+
+def arena_of(device: torch.device, nbytes: int) -> Arena:
+    """This process's arena on the device; opened on first use, and never closed.
+
+    Args:
+        device: where the engine runs.
+        nbytes: the most that the KV cache may come to, for an arena on the host.
+    """
+    global _host
+    if device.type == "cuda":
+        return default_arena(f"cuda:{device.index or 0}")
+    with _lock:
+        if _host is None:
+            _host = Arena("host", capacity=nbytes)
+        elif _host.broker is None and _host.capacity < nbytes:
+            _host.set_capacity(nbytes)
+        return _host
+
+
+def open_account(arena: Arena) -> Account:
+    """The engine's account, as the environment's TEM_* variables describe it."""
+    environment = {"TEM_PRIORITY": "serving", **os.environ}
+    settings = Settings.read(environment)
+    wanted, number = settings.name or "vllm", 1
+    while True:
+        try:
+            return arena.account(wanted if number == 1 else f"{wanted}-{number}", settings.priority_class())
+        except InvalidArgument:
+            # Another engine of this process has the name; what else may be wrong stays so.
+            if number > len(arena.snapshot().accounts):
+                raise
+            number += 1
+
+
+def keep(engine: str, cache: ElasticCache) -> None:
+    """Has the engine's scheduler find the cache that its worker made in this process."""
+    with _lock:
+        _caches[engine] = cache
+
+
+def find(engine: str) -> ElasticCache | None:
+    """The cache that the engine's worker made, if it was made elastic."""
+    with _lock:
+        return _caches.get(engine)

@@ -1,0 +1,55 @@
+"""The GPU engine's worker: sized by its account, on a device that it shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.worker.gpu_worker import Worker
+
+from torch_elastic_mem.integrations.vllm.worker import Elastic
+
+# Beside torch's memory: the CUDA context, cuBLAS and what kernels bring along. Seen with vLLM 0.26 on an H100.
+CONTEXT = 1 << 30
+
+
+class ElasticWorker(Elastic, Worker):
+    """vLLM's GPU worker whose KV cache lies on an arena."""
+
+    def init_device(self) -> None:
+        """As vLLM's, without its demand that a share of the device be free now: neighbours yield later."""
+        share = self.cache_config.gpu_memory_utilization
+        self.cache_config.gpu_memory_utilization = 1e-6
+        try:
+            super().init_device()
+        finally:
+            self.cache_config.gpu_memory_utilization = share
+
+    def determine_available_memory(self) -> int:
+        """What the cache could come to if it had the device to itself, at most the account's `max`.
+
+        vLLM's own profiling charges to this engine what neighbours take meanwhile, and fails if they give
+        something back. Here only this process's own peak is taken off.
+        """
+        config = self.cache_config
+        given = config.kv_cache_memory_bytes
+        _, total = torch.cuda.mem_get_info(self.device)
+        config.kv_cache_memory_bytes = given or total
+        try:
+            room = super().determine_available_memory()
+        finally:
+            config.kv_cache_memory_bytes = given
+        arena = self.open_elastic_account(room)
+        if given is None:
+            room = min(room - torch.cuda.max_memory_reserved(self.device) - CONTEXT, arena.capacity)
+        limit = self.elastic_account.limits.max
+        return room if limit is None else min(room, limit)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """As vLLM's. What graphs and kernels took meanwhile outside the arena is not the cache's any more."""
+        done = super().compile_or_warm_up_model()
+        arena = self.elastic_arena
+        if arena.broker is None:
+            free, _ = torch.cuda.mem_get_info(self.device)
+            arena.set_capacity(min(arena.capacity, free + arena.snapshot().created))
+        return done

@@ -1,0 +1,124 @@
+"""Gets memory for chunks on a thread of its own, so that no step waits for the driver or for who yields."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Protocol
+
+from torch_elastic_mem.errors import OutOfMemory, TemError
+
+log = logging.getLogger("vllm.torch_elastic_mem")
+
+# After a refusal nothing is asked for this long: whoever holds the memory has just been asked for it.
+REST = 0.1
+# Chunks mapped by one call; each call is all or nothing.
+BATCH = 8
+
+
+class Memory(Protocol):
+    """What gives memory to chunks, all of them or none."""
+
+    def ensure(self, chunks: list[int]) -> None: ...
+
+
+class Grower:
+    """The thread, what it was asked for, and what it got. Thread-safe; its lock is taken last and held shortly.
+
+    Args:
+        memory: raises OutOfMemory where there is none.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._changed = threading.Condition()
+        self._asked: list[int] = []  # all below are guarded by the condition
+        self._at_work: list[int] = []
+        self._ready: list[int] = []
+        self._refused_at = -REST
+        self._closed = False
+        self.refusals = 0
+        self._thread = threading.Thread(target=self._run, name="tem-grow", daemon=True)
+        self._thread.start()
+
+    @property
+    def coming(self) -> list[int]:
+        """Chunks that were asked for and have not been taken yet."""
+        with self._changed:
+            return [*self._asked, *self._at_work, *self._ready]
+
+    @property
+    def resting(self) -> bool:
+        """Whether memory has just been refused."""
+        with self._changed:
+            return time.monotonic() - self._refused_at < REST
+
+    def ask(self, chunks: list[int]) -> None:
+        """Wants memory under these chunks; `take` brings those that have it."""
+        with self._changed:
+            self._asked += chunks
+            self._changed.notify_all()
+
+    def take(self) -> list[int]:
+        """Chunks that have memory now; they are the caller's from here on."""
+        with self._changed:
+            taken, self._ready = self._ready, []
+            return taken
+
+    def cancel(self) -> None:
+        """Forgets what has not been begun."""
+        with self._changed:
+            self._asked.clear()
+
+    def wait(self, seconds: float) -> None:
+        """Until something is ready or refused or nothing is asked for, at most so long."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or not (self._asked or self._at_work), seconds)
+
+    def close(self) -> None:
+        """Ends the thread after what it is doing."""
+        with self._changed:
+            self._closed = True
+            self._asked.clear()
+            self._changed.notify_all()
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._asked or self._closed)
+                if self._closed:
+                    return
+                chunks, self._asked = self._asked[:BATCH], self._asked[BATCH:]
+                self._at_work = chunks
+            got = self._grow(chunks)
+            with self._changed:
+                self._at_work = []
+                self._ready += got
+                if len(got) < len(chunks):
+                    # Not all of it is to be had: what else was asked for is not either.
+                    self._asked.clear()
+                    self._refused_at = time.monotonic()
+                    self.refusals += 1
+                self._changed.notify_all()
+
+    def _grow(self, chunks: list[int]) -> list[int]:
+        """Those that got memory: all, or as many of the first as there is room for."""
+        try:
+            self._memory.ensure(chunks)
+            return chunks
+        except OutOfMemory as error:
+            if self.refusals == 0:
+                log.warning("the KV cache does not grow for now: %s", error)
+        except TemError:
+            log.exception("the KV cache does not grow")
+            return []
+        got = []
+        for chunk in chunks if len(chunks) > 1 else ():
+            try:
+                self._memory.ensure([chunk])
+            except TemError:
+                break
+            got.append(chunk)
+        return got

@@ -1,0 +1,70 @@
+"""What vLLM's entry point calls, in each of its processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from torch_elastic_mem.integrations.vllm import compat
+
+log = logging.getLogger("vllm.torch_elastic_mem")
+HERE = "torch_elastic_mem.integrations.vllm"
+# vLLM's own worker, and the one that takes its place.
+WORKERS = {
+    "vllm.v1.worker.gpu_worker.Worker": f"{HERE}.gpu_worker.ElasticWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": f"{HERE}.cpu_worker.ElasticCPUWorker",
+}
+
+
+def register() -> None:
+    """Has engines that are configured from now on use elastic memory, if TEM_ENABLE=1 asks for it.
+
+    Never raises: where it cannot be, vLLM runs as if this package were not there, and a warning says why.
+    """
+    if os.environ.get("TEM_ENABLE") != "1":
+        return
+    try:
+        compat.require_known()
+        from vllm.engine.arg_utils import EngineArgs
+    except Exception as reason:  # noqa: BLE001  (an error here would end every vLLM on the machine)
+        log.warning("torch_elastic_mem leaves this engine alone: %s", reason)
+        return
+    plain = EngineArgs.create_engine_config
+    if getattr(plain, "elastic", False):
+        return
+
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = plain(self, *args, **kwargs)
+        try:
+            choose_classes(config)
+        except compat.Unsupported as reason:
+            log.warning("torch_elastic_mem leaves this engine alone: %s", reason)
+        return config
+
+    create_engine_config.elastic = True  # type: ignore[attr-defined]
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def choose_classes(config: Any) -> None:
+    """Puts our worker and scheduler where vLLM has chosen its own.
+
+    Raises:
+        Unsupported: the engine is configured in a way that is not served; nothing was changed.
+    """
+    parallel, scheduling = config.parallel_config, config.scheduler_config
+    if parallel.world_size > 1 or parallel.data_parallel_size > 1:
+        raise compat.Unsupported("more than one rank is not served yet")
+    worker = WORKERS.get(parallel.worker_cls)
+    if worker is None:
+        raise compat.Unsupported(f"it has a worker class of its own, {parallel.worker_cls}")
+    if scheduling.scheduler_cls is not None:
+        raise compat.Unsupported(f"it has a scheduler class of its own, {scheduling.scheduler_cls}")
+    if config.model_config.enable_sleep_mode:
+        raise compat.Unsupported("sleep mode brings an allocator of its own; yields give the memory of an idle engine")
+    if config.model_config.runner_type == "pooling":
+        raise compat.Unsupported("a pooling model keeps no KV cache")
+    parallel.worker_cls = worker
+    scheduling.scheduler_cls = (
+        f"{HERE}.scheduler.{'ElasticAsyncScheduler' if scheduling.async_scheduling else 'ElasticScheduler'}"
+    )

@@ -1,0 +1,124 @@
+"""vLLM's schedulers over a pool of blocks that breathes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from torch_elastic_mem.integrations.vllm import compat
+from torch_elastic_mem.integrations.vllm.balloon import Balloon
+from torch_elastic_mem.integrations.vllm.cache import find
+from torch_elastic_mem.integrations.vllm.controller import Controller
+from torch_elastic_mem.integrations.vllm.worker import first_blocks
+
+
+class Elastic:
+    """Mixed into a scheduler class of vLLM's, before it.
+
+    Only what changes or reads the block pool is wrapped. The engine's one thread calls all of it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        cache = find(self.vllm_config.instance_id)
+        if cache is None:
+            # The worker has said why. What is left is the class that this one was mixed into.
+            self.__class__ = type(self).__mro__[2]
+            return
+        ahead = first_blocks(self.vllm_config, self.kv_cache_config)
+        pool = self.kv_cache_manager.block_pool
+        self.elastic = Controller(
+            cache, Balloon(pool, cache.chunk_blocks, -(-ahead // cache.chunk_blocks)), self._preempt_last
+        )
+        self._ahead = ahead - 1
+        self._block_sizes = [group.kv_cache_spec.block_size for group in self.kv_cache_config.kv_cache_groups]
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """One step, after the pool has been given what the step may use and has lost what others want."""
+        with self.elastic.lock:
+            self.elastic.before_step(self._needed, self._ahead)
+            output = super().schedule(*args, **kwargs)
+            self.elastic.step_given()
+            return output
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        """A step has come back."""
+        with self.elastic.lock:
+            output = super().update_from_output(*args, **kwargs)
+            self.elastic.step_back()
+            return output
+
+    def add_request(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's."""
+        with self.elastic.lock:
+            return super().add_request(*args, **kwargs)
+
+    def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's."""
+        with self.elastic.lock:
+            return super().finish_requests(*args, **kwargs)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's, which wants every block free: parked ones are, while it looks."""
+        with self.elastic.lock:
+            balloon = self.elastic.balloon
+            parked = balloon.next_out(balloon.parked)
+            balloon.unpark(parked)
+            try:
+                return super().reset_prefix_cache(*args, **kwargs)
+            finally:
+                balloon.park(parked)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; a parked block is not in use."""
+        with self.elastic.lock:
+            stats = super().make_stats(*args, **kwargs)
+            if stats is not None:
+                stats.kv_cache_usage = self.elastic.usage()
+            return stats
+
+    def shutdown(self) -> None:
+        """As vLLM's."""
+        self.elastic.close()
+        super().shutdown()
+
+    def _needed(self) -> int:
+        """Blocks that the next step may take: a few for each request that runs, and for those to be admitted
+        all that their prompts need, since vLLM admits a request only if the whole of it fits."""
+        tokens = self.max_num_scheduled_tokens
+        waiting = 0
+        for request in compat.waiting(self):
+            if tokens <= 0:
+                break
+            waiting += sum(-(-request.num_tokens // size) + 1 for size in self._block_sizes)
+            tokens -= request.num_tokens - request.num_computed_tokens
+        lookahead = 1 + self.num_lookahead_tokens
+        running = sum(1 + -(-lookahead // size) for size in self._block_sizes) * len(self.running)
+        prefills = sum(
+            -(-(request.num_tokens - request.num_computed_tokens) // size)
+            for request in self._inflight_prefills
+            for size in self._block_sizes
+        )
+        return running + prefills + waiting
+
+    def _preempt_last(self) -> bool:
+        """Preempts the request that vLLM itself would."""
+        if not self.running:
+            return False
+        victim = (
+            max(self.running, key=lambda request: (request.priority, request.arrival_time))
+            if self.policy.value == "priority"
+            else self.running[-1]
+        )
+        compat.preempt(self, victim)
+        return True
+
+
+class ElasticScheduler(Elastic, Scheduler):
+    """vLLM's scheduler with an elastic pool."""
+
+
+class ElasticAsyncScheduler(Elastic, AsyncScheduler):
+    """vLLM's asynchronous scheduler with an elastic pool."""

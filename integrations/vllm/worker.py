@@ -1,0 +1,76 @@
+"""What both of our workers do beside vLLM's own: its KV cache lies on an arena."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from torch_elastic_mem.integrations.vllm import compat
+from torch_elastic_mem.integrations.vllm.cache import ElasticCache, arena_of, keep, open_account
+
+if TYPE_CHECKING:
+    from torch_elastic_mem.account import Account
+    from torch_elastic_mem.arena import Arena
+
+log = logging.getLogger("vllm.torch_elastic_mem")
+
+
+class Elastic:
+    """Mixed into a worker class of vLLM's, before it."""
+
+    elastic_arena: Arena
+    elastic_account: Account
+    elastic_cache: ElasticCache
+    vllm_config: Any
+    device: Any
+
+    def open_elastic_account(self, nbytes: int) -> Arena:
+        """Opens the account that the KV cache is charged to.
+
+        Args:
+            nbytes: the most that it may come to.
+        """
+        self.elastic_arena = arena_of(self.device, nbytes)
+        self.elastic_account = open_account(self.elastic_arena)
+        return self.elastic_arena
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """Makes the KV cache, with memory under as many blocks as one step may use."""
+        try:
+            compat.make_block_major(kv_cache_config)
+            regions = compat.regions(kv_cache_config)
+        except compat.Unsupported as reason:
+            log.warning("torch_elastic_mem leaves this engine's KV cache alone: %s", reason)
+            super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+            return
+        cache = ElasticCache(self.elastic_account, kv_cache_config.num_blocks, regions)
+        cache.use_stream()
+        # The warm-up that follows runs a step of full size over the first blocks, and graphs are captured
+        # over block 0.
+        cache.ensure(range(-(-first_blocks(self.vllm_config, kv_cache_config) // cache.chunk_blocks)))
+        with cache.handed_out():
+            super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+        self.elastic_cache = cache
+        keep(self.vllm_config.instance_id, cache)
+        log.info(
+            "KV cache of %d blocks on %r: %d chunks of %d MiB, %s",
+            cache.num_blocks,
+            cache.account,
+            cache.num_chunks,
+            cache.chunk_bytes >> 20,
+            "block after block" if len(regions) == regions[0].layers == 1 else "layer after layer",
+        )
+
+    def get_supported_kv_cache_layouts(self) -> list[str]:
+        """The layouts that the attention backends take, those first whose blocks lie whole."""
+        return compat.prefer_block_major(super().get_supported_kv_cache_layouts())  # type: ignore[misc]
+
+
+def first_blocks(vllm_config: Any, kv_cache_config: Any) -> int:
+    """Blocks that a step of the largest size may use, with the null block; at most all."""
+    scheduling = vllm_config.scheduler_config
+    tokens = scheduling.max_num_batched_tokens
+    needed = 1
+    for group in kv_cache_config.kv_cache_groups:
+        needed += -(-tokens // group.kv_cache_spec.block_size) + scheduling.max_num_seqs
+    return min(needed, kv_cache_config.num_blocks)
