@@ -22,6 +22,7 @@ class Pool(Protocol):
     def free_blocks(self, blocks: Iterable[Any]) -> None: ...
     def evict_blocks(self, block_ids: set[int]) -> None: ...
     def get_num_free_blocks(self) -> int: ...
+    def get_new_blocks(self, num_blocks: int) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -50,6 +51,9 @@ class Balloon:
         self.num_chunks = -(-len(pool.blocks) // chunk_blocks)
         self._out: set[int] = set()
         self.parked_blocks = 0
+        self._counted = 0  # unused blocks when last counted
+        self._taken = 0  # blocks that the pool has handed out since
+        self._count_taken(pool)
         self.park(range(max(resident, 1), self.num_chunks))
 
     @property
@@ -70,6 +74,7 @@ class Balloon:
             self._pool.touch(blocks)
             self._out.add(chunk)
             self.parked_blocks += len(blocks)
+        self._counted = 0
 
     def unpark(self, chunks: Iterable[int]) -> None:
         """Lets the pool have these chunks again; the lowest of their blocks are used first."""
@@ -107,13 +112,31 @@ class Balloon:
         return [-cost.chunk for cost in sorted(costs)[:count]]
 
     def unused(self, most: int) -> int:
-        """Free blocks with nothing cached in them, counted up to `most`. vLLM hands these out first."""
+        """Free blocks with nothing cached in them, counted up to `most` or so. vLLM hands these out first.
+
+        They are counted anew only when those that were there may have been handed out: a step costs a
+        subtraction, as a rule.
+        """
+        if self._counted - self._taken < most:
+            self._counted, self._taken = self._count(4 * most), 0
+        return self._counted - self._taken
+
+    def _count(self, most: int) -> int:
         block = self._pool.free_block_queue.fake_free_list_head.next_free_block
         count = 0
         while count < most and block.next_free_block is not None and block.block_hash is None:
             count += 1
             block = block.next_free_block
         return count
+
+    def _count_taken(self, pool: Any) -> None:
+        plain = pool.get_new_blocks
+
+        def get_new_blocks(count: int) -> Any:
+            self._taken += count
+            return plain(count)
+
+        pool.get_new_blocks = get_new_blocks
 
     def in_use(self) -> int:
         """Blocks that requests hold, without the null block."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,7 @@ class ElasticCache:
         num_chunks: the last may be shorter.
         chunk_bytes: bytes of a whole chunk in all regions.
         freed_bytes: what giving up a chunk frees at least, beside neighbours that stay.
+        on_enqueued: called by the worker when the stream has all of a step's work.
     """
 
     def __init__(self, account: Account, num_blocks: int, regions: Sequence[Region]) -> None:
@@ -66,6 +67,7 @@ class ElasticCache:
         self.num_chunks = -(-num_blocks // self.chunk_blocks)
         self.chunk_bytes = self.chunk_blocks * self.block_bytes
         self.freed_bytes = max(self.chunk_bytes - shared, granularity)
+        self.on_enqueued: Callable[[], None] = lambda: None
         self._stream: Any = None
         # Regions of one shape are stripes of one cache: their extents come and go together.
         self._parts: list[tuple[ElasticKVTensor, int]] = []
@@ -98,7 +100,9 @@ class ElasticCache:
         with _Allocations(self._free):
             yield
         if left := sum(map(len, self._free.values())):
-            raise Unsupported(f"vLLM did not allocate {left} of its KV cache's regions where they were expected")
+            raise Unsupported(
+                f"vLLM did not allocate {left} of its KV cache's regions where they were expected"
+            )
 
     def blocks(self, chunks: Iterable[int]) -> list[int]:
         """The blocks of these chunks."""

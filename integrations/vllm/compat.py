@@ -115,7 +115,8 @@ def regions(config: Any) -> list[Region]:
     page = tensors[0].block_stride
     part = page * config.num_blocks
     if whole.bytes % part or any(
-        (tensor.block_stride, tensor.layer_stride, tensor.offset % part) != (page, part, 0) for tensor in tensors
+        (tensor.block_stride, tensor.layer_stride, tensor.offset % part) != (page, part, 0)
+        for tensor in tensors
     ):
         raise Unsupported("neither blocks nor layers are outermost in the layout of its KV cache")
     return [Region(whole.bytes, page, whole.bytes // part)]

@@ -2,11 +2,14 @@
 
 Who does what. The engine's thread calls the scheduler; everything of the scheduler's that changes its block
 pool runs under `lock`, and so does all that is done to the pool here. A demand comes on a thread of the arena's
-or of another tenant. Where no step is on its way that thread serves it itself, so that an idle engine need not
-be woken; otherwise the engine's thread does at its next safe point: before it schedules, when all earlier steps
-have been given to the stream, or when the last step on its way has come back. The lock order is `lock`, then the
-grower's, then those of the arena; no one waits for a demand or for memory with `lock` held, except a step that
-needs blocks, and that no longer than `PATIENCE`.
+or of another tenant. Blocks that no request holds are given up by that thread itself, so that an idle engine
+need not be woken and a busy one is not waited for: what steps on their way may still do to such blocks is on the
+stream already, and the memory goes behind it. Only between a step's scheduling and the moment when the stream
+has all of its work is that not so; then the engine's thread does it at the end of that span. Running requests are
+preempted by the engine's thread alone, before it schedules.
+
+The lock order is `lock`, then the grower's, then those of the arena; no one waits for a demand or for memory with
+`lock` held, except a step that needs blocks, and that no longer than `PATIENCE`.
 """
 
 from __future__ import annotations
@@ -48,8 +51,9 @@ class Controller:
         self.grower = Grower(cache)
         self._cache = cache
         self._preempt = preempt
-        self._steps = 0  # given to the runner, and not come back; all below are guarded by the lock
+        self._steps = 0  # scheduled, and not wholly on the stream; all below are guarded by the lock
         self._demands: list[Demand] = []
+        cache.on_enqueued = self.step_enqueued
         account = cache.account
         self._reclaimers = [
             account.on_reclaim(lambda nbytes, timeout: self._asked(nbytes, timeout, False), "evict"),
@@ -80,15 +84,15 @@ class Controller:
             self.balloon.unpark(came)
             missing -= len(came) * self._cache.chunk_blocks
 
-    def step_given(self) -> None:
-        """A step has been scheduled; with the lock held."""
+    def step_scheduled(self) -> None:
+        """With the lock held."""
         self._steps += 1
 
-    def step_back(self) -> None:
-        """Its output has been taken; with the lock held."""
-        self._steps -= 1
-        if self._steps == 0:
-            self._serve(preempting=False)
+    def step_enqueued(self) -> None:
+        """The stream has all of a step's work."""
+        with self.lock:
+            self._steps = max(0, self._steps - 1)
+            self._serve_if_safe()
 
     def usage(self) -> float:
         """The part in use of the blocks that are to be had: of all, until memory is refused."""
@@ -120,38 +124,38 @@ class Controller:
         demand = Demand(nbytes, preempting)
         with self.lock:
             self._demands.append(demand)
-            if self._steps == 0:
-                self._serve(preempting=False)
+            self._serve_if_safe()
         if not demand.served.wait(timeout):
             with self.lock:
                 if demand in self._demands:
                     self._demands.remove(demand)
 
-    def _serve(self, preempting: bool = True) -> None:
-        """Parks what the demands want and lets its memory go; with the lock held.
-
-        Args:
-            preempting: whether this is the place to preempt: nothing but the engine's own thread may, and
-                only before it schedules. Where no step is on its way no request runs between steps but to be
-                scheduled next, and its demand waits for that.
-        """
-        if not self._demands:
+    def _serve_if_safe(self) -> None:
+        """Gives up what no request holds, unless a step is between its scheduling and the stream."""
+        if self._steps or not self._demands:
             return
         later = []
         for demand in self._demands:
-            freed = self._give(demand.nbytes)
-            if demand.preempting and preempting:
-                while freed < demand.nbytes and self._preempt():
-                    freed += self._give(demand.nbytes - freed)
-            elif demand.preempting and freed < demand.nbytes and self.balloon.in_use():
-                demand.nbytes -= freed
+            demand.nbytes -= self._give(demand.nbytes)
+            if demand.preempting and demand.nbytes > 0 and self.balloon.in_use():
                 later.append(demand)
-                continue
-            demand.served.set()
+            else:
+                demand.served.set()
         self._demands = later
+
+    def _serve(self) -> None:
+        """Gives up what is wanted, and preempts where that is asked for; before scheduling."""
+        for demand in self._demands:
+            demand.nbytes -= self._give(demand.nbytes)
+            while demand.preempting and demand.nbytes > 0 and self._preempt():
+                demand.nbytes -= self._give(demand.nbytes)
+            demand.served.set()
+        self._demands.clear()
 
     def _give(self, nbytes: int) -> int:
         """Gives up so many bytes, or what there is. What was to come goes first."""
+        if nbytes <= 0:
+            return 0
         self.grower.cancel()
         self.balloon.unpark(self.grower.take())
         chunks = self.balloon.cheapest(-(-nbytes // self._cache.freed_bytes))

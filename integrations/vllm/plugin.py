@@ -61,7 +61,9 @@ def choose_classes(config: Any) -> None:
     if scheduling.scheduler_cls is not None:
         raise compat.Unsupported(f"it has a scheduler class of its own, {scheduling.scheduler_cls}")
     if config.model_config.enable_sleep_mode:
-        raise compat.Unsupported("sleep mode brings an allocator of its own; yields give the memory of an idle engine")
+        raise compat.Unsupported(
+            "sleep mode brings an allocator of its own; yields give the memory of an idle engine"
+        )
     if config.model_config.runner_type == "pooling":
         raise compat.Unsupported("a pooling model keeps no KV cache")
     parallel.worker_cls = worker

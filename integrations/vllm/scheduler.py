@@ -40,15 +40,13 @@ class Elastic:
         with self.elastic.lock:
             self.elastic.before_step(self._needed, self._ahead)
             output = super().schedule(*args, **kwargs)
-            self.elastic.step_given()
+            self.elastic.step_scheduled()
             return output
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
-        """A step has come back."""
+        """As vLLM's."""
         with self.elastic.lock:
-            output = super().update_from_output(*args, **kwargs)
-            self.elastic.step_back()
-            return output
+            return super().update_from_output(*args, **kwargs)
 
     def add_request(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's."""
@@ -85,8 +83,11 @@ class Elastic:
         super().shutdown()
 
     def _needed(self) -> int:
-        """Blocks that the next step may take: a few for each request that runs, and for those to be admitted
-        all that their prompts need, since vLLM admits a request only if the whole of it fits."""
+        """Blocks that the next step may take.
+
+        A few for each request that runs, and for those to be admitted all that their prompts need: vLLM admits
+        a request only if the whole of it fits.
+        """
         tokens = self.max_num_scheduled_tokens
         waiting = 0
         for request in compat.waiting(self):

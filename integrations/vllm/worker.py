@@ -20,7 +20,7 @@ class Elastic:
 
     elastic_arena: Arena
     elastic_account: Account
-    elastic_cache: ElasticCache
+    elastic_cache: ElasticCache | None = None
     vllm_config: Any
     device: Any
 
@@ -60,6 +60,20 @@ class Elastic:
             cache.chunk_bytes >> 20,
             "block after block" if len(regions) == regions[0].layers == 1 else "layer after layer",
         )
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """As vLLM's. Without an output yet, sampling follows, which may run a draft model over the cache."""
+        output = super().execute_model(scheduler_output)  # type: ignore[misc]
+        if output is not None and self.elastic_cache is not None:
+            self.elastic_cache.on_enqueued()
+        return output
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """As vLLM's; the end of a step's work."""
+        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        if self.elastic_cache is not None:
+            self.elastic_cache.on_enqueued()
+        return output
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
         """The layouts that the attention backends take, those first whose blocks lie whole."""

@@ -1,0 +1,148 @@
+"""One model: stock vLLM, ours, and ours under a squeeze, in turns.
+
+Run as python -m benchmarks.vllm.bench_engine --help.
+"""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from benchmarks import machine
+from benchmarks.options import backend_option, errors_as_messages, out_option
+from benchmarks.results import Result, command_line
+from benchmarks.terminal import progress, publish
+from benchmarks.vllm.engine_tables import SQUEEZED, tables
+from benchmarks.vllm.engine_worker import OURS, STOCK, Opening, Squeeze
+from benchmarks.vllm.load import Load
+from benchmarks.vllm.shapes import SHAPES
+from benchmarks.worker import Worker, WorkerError, started
+from torch_elastic_mem.device import device_of
+
+MIB, GIB = 1 << 20, 1 << 30
+STARTING = 400.0
+# What a squeeze leaves of the cache.
+LEFT = 0.25
+IDLE_BYTES = 8 * GIB
+
+
+def loads_of(rates: tuple[float, ...], shape: str, seconds: float, on_cuda: bool, turn: int) -> list[Load]:
+    """The loads of a round; each round draws its own requests."""
+    prompt, output = (256, 128) if on_cuda else (128, 32)
+    return [
+        Load(
+            rate,
+            max(8, int(rate * seconds)) if rate else (256 if on_cuda else 32),
+            prompt,
+            output,
+            1000 * turn + number,
+            SHAPES[shape]["vocab_size"],
+        )
+        for number, rate in enumerate(rates)
+    ]
+
+
+class Rounds:
+    """The loads, contender after contender, round after round."""
+
+    def __init__(self, workers: dict[str, Worker], squeeze: Squeeze) -> None:
+        self._workers = workers
+        self._squeeze = squeeze
+        self.loads: dict[str, dict[str, list[Any]]] = {}
+        self.idle: list[Any] = []
+        self.failures: dict[str, str] = {}
+
+    def run(self, rounds: list[list[Load]]) -> None:
+        """The first round warms up, and is not kept."""
+        names = [STOCK, OURS, SQUEEZED]
+        with progress("serving", sum(map(len, rounds)) * len(names)) as advance:
+            for number, loads in enumerate(rounds):
+                for load in loads:
+                    for name in names:
+                        self._take(load, name, kept=number > 0)
+                        advance(1)
+                if number > 0:
+                    self._take_idle()
+
+    def _take(self, load: Load, name: str, *, kept: bool) -> None:
+        if name in self.failures:
+            return
+        asked: dict[str, Any] = {"load": msgspec.to_builtins(load)}
+        if name == SQUEEZED:
+            asked["squeeze"] = msgspec.to_builtins(self._squeeze)
+        try:
+            seen = self._workers[OURS if name == SQUEEZED else name].ask(asked)
+        except WorkerError as error:
+            self.failures[name] = str(error)
+            return
+        if kept:
+            self.loads.setdefault(str(load), {}).setdefault(name, []).append(seen)
+
+    def _take_idle(self) -> None:
+        try:
+            self.idle.append(self._workers[OURS].ask({"idle": IDLE_BYTES}))
+        except WorkerError as error:
+            self.failures["idle"] = str(error)
+
+
+@click.command()
+@backend_option
+@click.option("--shape", type=click.Choice(list(SHAPES)), help="[default: llama-8b; tiny on host]")
+@click.option(
+    "--rate",
+    "rates",
+    multiple=True,
+    type=click.FloatRange(min=0),
+    help="Requests a second; 0: all at once. May be given several times. [default: 4, 16, 0]",
+)
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="Turns of each.")
+@click.option("--seconds", default=8.0, show_default=True, help="How long requests arrive, at each rate.")
+@click.option("--eager", is_flag=True, help="Without CUDA graphs and compilation.")
+@out_option
+def main(
+    backend: str,
+    shape: str | None,
+    rates: tuple[float, ...],
+    rounds: int,
+    seconds: float,
+    eager: bool,
+    out: Path | None,
+) -> None:
+    """One model under stock vLLM and under ours, at rates from light to beyond saturation."""
+    on_cuda = device_of(backend)[0] == "cuda"
+    shape = shape or ("llama-8b" if on_cuda else "tiny")
+    rates = rates or ((4.0, 16.0, 0.0) if on_cuda else (8.0, 0.0))
+    kv = 15 * GIB if on_cuda else 64 * MIB
+    opening = Opening(shape, kv, 4096 if on_cuda else 1024, eager or not on_cuda)
+    turns = [loads_of(rates, shape, seconds, on_cuda, turn) for turn in range(rounds + 1)]
+    turns[0] = turns[0][-1:]
+    granularity = 2 * MIB
+    squeeze = Squeeze(int(kv * (1 - LEFT)) // granularity * granularity, 1.0 if on_cuda else 0.3)
+    with errors_as_messages(), started("vllm.engine_worker", [STOCK, OURS], backend) as workers:
+        asked = {"open": msgspec.to_builtins(opening)}
+        with progress("starting the engines", len(workers)) as advance, ThreadPoolExecutor() as starting:
+            opened = {name: starting.submit(worker.ask, asked, STARTING) for name, worker in workers.items()}
+            for each in opened.values():
+                each.add_done_callback(lambda _: advance(1))
+        facts = {name: each.result() for name, each in opened.items()}
+        taken = Rounds(workers, squeeze)
+        taken.run(turns)
+    failed = [f"{name} failed: {error}." for name, error in taken.failures.items()]
+    result = Result(
+        "bench_engine",
+        command_line("vllm.bench_engine", sys.argv[1:]),
+        machine.facts(gpu_uuid=None if not on_cuda else facts[OURS]["uuid"]),
+        {"shape": shape, "opening": msgspec.to_builtins(opening), "rates": list(rates), "rounds": rounds},
+        tables(taken.loads, taken.idle, failed),
+        {"engines": facts, "loads": taken.loads, "idle": taken.idle},
+    )
+    publish(result, out, backend, failed)
+
+
+if __name__ == "__main__":
+    main()

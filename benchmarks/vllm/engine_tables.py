@@ -1,0 +1,165 @@
+"""The tables of bench_engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.figures import spread
+from benchmarks.results import TARGET_COLUMNS, Table, target_row
+from benchmarks.timing import paired_ratio, percentile
+from benchmarks.vllm.engine_worker import OURS, STOCK
+
+SQUEEZED = "ours, squeezed"
+THROUGHPUT_TARGET = 0.99
+LATENCY_TARGET = 1.03
+IDLE_TARGET = 0.030
+BUSY_TARGET = 0.100
+
+Answers = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def tables(
+    loads: Mapping[str, Answers], idle: Sequence[Mapping[str, Any]], notes: Sequence[str]
+) -> list[Table]:
+    """What all loads show.
+
+    Args:
+        loads: for each load, what each contender saw, round by round.
+        idle: memory taken from the idle engine.
+        notes: what failed.
+    """
+    rows = [row for load, answers in loads.items() for row in _rows(load, answers)]
+    columns = [
+        "load, engine",
+        "output",
+        "over stock",
+        "TTFT p50 / p99",
+        "TPOT p50 / p99",
+        "ITL p50 / p99",
+        "tokens",
+    ]
+    note = (
+        "Medians of rounds. over stock: output tokens a second, median of the ratios round by round, with its "
+        "quartiles. tokens: requests whose tokens are stock's in the same round; in bfloat16 they depend on "
+        "which requests share a step."
+    )
+    found = [Table("One model", columns, rows, " ".join([note, *notes]))]
+    squeezes = [
+        each for answers in loads.values() for seen in answers.get(SQUEEZED, []) for each in seen["squeezes"]
+    ]
+    yields = [_yield_row("from the engine under load", [each for each in squeezes if each["met"]])]
+    if idle:
+        yields.append(
+            _yield_row(
+                "from the idle engine", [each | {"yielded": each["held"] - each["left"]} for each in idle]
+            )
+        )
+    refused = sum(not each["met"] for each in squeezes)
+    found.append(
+        Table(
+            "Memory taken from the engine by a higher class",
+            ["what", "demands", "yielded, median", "p50", "p99"],
+            yields,
+            f"From the demand until its memory is mapped. {refused} demands were refused.",
+        )
+    )
+    return [*found, _targets(loads, idle, squeezes)]
+
+
+def _rows(load: str, answers: Answers) -> list[list[str]]:
+    rows = []
+    for name, seen in answers.items():
+        if not seen:
+            continue
+        over = ""
+        if name != STOCK and answers.get(STOCK):
+            over = spread(
+                paired_ratio(_each(seen, "output_per_second"), _each(answers[STOCK], "output_per_second"))
+            )
+        rows.append(
+            [
+                f"{load}, {name}",
+                f"{_median(_each(seen, 'output_per_second')):,.0f} tokens/s",
+                over,
+                *(_pair(seen, what) for what in ("ttft", "tpot", "itl")),
+                _same(seen, answers.get(STOCK, [])) if name != STOCK else "",
+            ]
+        )
+    return rows
+
+
+def _targets(
+    loads: Mapping[str, Answers], idle: Sequence[Mapping[str, Any]], squeezes: Sequence[Mapping[str, Any]]
+) -> Table:
+    rows = []
+    for load, answers in loads.items():
+        stock, ours = answers.get(STOCK), answers.get(OURS)
+        if not stock or not ours:
+            continue
+        ratio = paired_ratio(_each(ours, "output_per_second"), _each(stock, "output_per_second")).median
+        rows.append(
+            target_row(
+                f"{load}: output over stock", f"{ratio:.3f}", "at least 0.99", ratio >= THROUGHPUT_TARGET
+            )
+        )
+        for what in ("ttft", "tpot", "itl"):
+            worst = paired_ratio(
+                [percentile(each[what], 99) for each in ours], [percentile(each[what], 99) for each in stock]
+            ).median
+            rows.append(
+                target_row(
+                    f"{load}: {what.upper()} p99 over stock",
+                    f"{worst:.3f}",
+                    "at most 1.03",
+                    worst <= LATENCY_TARGET,
+                )
+            )
+    if idle:
+        slow = _median([each["seconds"] for each in idle])
+        rows.append(
+            target_row(
+                "from the idle engine, p50", f"{slow * 1e3:.1f} ms", "at most 30 ms", slow <= IDLE_TARGET
+            )
+        )
+    if met := [each["seconds"] for each in squeezes if each["met"]]:
+        slow = _median(met)
+        rows.append(
+            target_row("under load, p50", f"{slow * 1e3:.1f} ms", "at most 100 ms", slow <= BUSY_TARGET)
+        )
+    return Table("Targets", TARGET_COLUMNS, rows)
+
+
+def _yield_row(what: str, taken: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not taken:
+        return [what, "0", "", "", ""]
+    times = [each["seconds"] * 1e3 for each in taken]
+    return [
+        what,
+        str(len(taken)),
+        f"{_median([each['yielded'] for each in taken]) / 2**30:.2f} GiB",
+        f"{_median(times):.1f} ms",
+        f"{percentile(times, 99):.1f} ms",
+    ]
+
+
+def _each(seen: Sequence[Mapping[str, Any]], what: str) -> list[float]:
+    return [each[what] for each in seen]
+
+
+def _median(values: Sequence[float]) -> float:
+    return percentile(values, 50)
+
+
+def _pair(seen: Sequence[Mapping[str, Any]], what: str) -> str:
+    p50, p99 = (_median([percentile(each[what], at) for each in seen]) * 1e3 for at in (50, 99))
+    return f"{p50:.1f} / {p99:.1f} ms"
+
+
+def _same(seen: Sequence[Mapping[str, Any]], stock: Sequence[Mapping[str, Any]]) -> str:
+    pairs = [
+        mine == theirs
+        for one, other in zip(seen, stock, strict=False)
+        for mine, theirs in zip(one["tokens"], other["tokens"], strict=True)
+    ]
+    return f"{sum(pairs)} of {len(pairs)}"

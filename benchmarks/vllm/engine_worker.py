@@ -1,0 +1,156 @@
+"""One contender of bench_engine: a vLLM engine in this process, stock or on an arena."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from benchmarks.vllm import shapes
+from benchmarks.vllm.load import Load, run
+from benchmarks.worker import Handler, serve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+OURS = "ours"
+STOCK = "stock"
+
+
+class Opening(msgspec.Struct):
+    """How the engine is made, the same for all contenders."""
+
+    shape: str
+    kv_bytes: int
+    max_model_len: int
+    eager: bool
+
+
+class Squeeze(msgspec.Struct):
+    """Somebody of a higher class takes `nbytes` of the arena every `period` seconds, and gives them back."""
+
+    nbytes: int
+    period: float
+
+
+class EngineWorker:
+    """An engine and what is asked of it."""
+
+    def __init__(self, contender: str) -> None:
+        os.environ.update(
+            TEM_ENABLE="1" if contender == OURS else "0",
+            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+            VLLM_NO_USAGE_STATS="1",
+            HF_HUB_OFFLINE="1",
+        )
+        self._engine: Any = None
+        self._arena: Any = None
+
+    def __call__(self, request: dict[str, Any]) -> Any:
+        """Answers {"open": Opening}, {"load": Load, "squeeze": Squeeze}, or {"idle": bytes}."""
+        if "open" in request:
+            return self._open(msgspec.convert(request["open"], Opening))
+        if "idle" in request:
+            return self._take(request["idle"])
+        load = msgspec.convert(request["load"], Load)
+        # The same requests once more would find the prefixes of an earlier turn.
+        self._engine.reset_prefix_cache()
+        squeeze = msgspec.convert(request.get("squeeze"), Squeeze | None)
+        if squeeze is None:
+            return msgspec.to_builtins(run(self._engine, load)) | {"squeezes": []}
+        with self._squeezed(squeeze) as squeezes:
+            seen = run(self._engine, load)
+        return msgspec.to_builtins(seen) | {"squeezes": squeezes}
+
+    def _open(self, opening: Opening) -> dict[str, Any]:
+        from vllm import LLM
+
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            llm = LLM(
+                model=str(shapes.write(opening.shape, Path(folder))),
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                max_model_len=opening.max_model_len,
+                kv_cache_memory_bytes=opening.kv_bytes,
+                enforce_eager=opening.eager,
+                seed=0,
+                enable_prefix_caching=True,
+                # Of no use to an engine whose cache is given, but each wants so much of the device free.
+                gpu_memory_utilization=0.4,
+            )
+        self._engine = llm.llm_engine
+        core = self._engine.engine_core.engine_core
+        facts = {
+            "seconds": time.perf_counter() - started,
+            "runner": type(core.model_executor.driver_worker.worker.model_runner).__module__,
+            "scheduler": type(core.scheduler).__name__,
+            "blocks": core.scheduler.kv_cache_config.num_blocks,
+        }
+        if os.environ["TEM_ENABLE"] == "1":
+            worker = core.model_executor.driver_worker.worker
+            self._arena, self._cache = worker.elastic_arena, worker.elastic_cache
+            import torch_elastic_mem as tem
+
+            # So much that the cache fits, and not much more: what others want, it has to yield.
+            self._arena.set_capacity(min(self._arena.capacity, opening.kv_bytes + self._cache.chunk_bytes))
+            self._other = self._arena.account("pressing", tem.PriorityClass("pressing", 10**6))
+            self._range = self._other.range(2 * opening.kv_bytes)
+            facts |= {"chunk_bytes": self._cache.chunk_bytes, "uuid": self._arena.uuid}
+        return facts
+
+    def _take(self, nbytes: int) -> dict[str, Any]:
+        """Takes so many bytes beyond what is free from the idle engine, and gives them back."""
+        held = self._cache.resident_bytes
+        wanted = self._other.room() + min(nbytes, held - self._cache.chunk_bytes)
+        wanted -= wanted % self._arena.granularity
+        start = time.perf_counter()
+        self._range.grow(wanted, timeout=10.0)
+        took = time.perf_counter() - start
+        left = self._cache.resident_bytes
+        self._range.shrink(wanted)
+        return {"seconds": took, "held": held, "left": left, "taken": wanted}
+
+    @contextmanager
+    def _squeezed(self, squeeze: Squeeze) -> Iterator[list[dict[str, Any]]]:
+        import torch_elastic_mem as tem
+
+        found: list[dict[str, Any]] = []
+        done = threading.Event()
+
+        def press() -> None:
+            while not done.wait(squeeze.period / 2):
+                held = self._cache.resident_bytes
+                start = time.perf_counter()
+                try:
+                    self._range.grow(squeeze.nbytes, timeout=2.0)
+                except tem.OutOfMemory:
+                    found.append({"met": False, "seconds": time.perf_counter() - start})
+                    continue
+                took = time.perf_counter() - start
+                found.append({"met": True, "seconds": took, "yielded": held - self._cache.resident_bytes})
+                done.wait(squeeze.period / 2)
+                self._range.shrink(squeeze.nbytes)
+
+        thread = threading.Thread(target=press)
+        thread.start()
+        try:
+            yield found
+        finally:
+            done.set()
+            thread.join()
+
+
+def make(contender: str, backend: str) -> Handler:
+    """A worker for a contender; vLLM knows its device itself."""
+    return EngineWorker(contender)
+
+
+if __name__ == "__main__":
+    serve(make)
