@@ -52,7 +52,7 @@ def tables(
     if idle:
         yields.append(
             _yield_row(
-                "from the idle engine", [each | {"yielded": each["held"] - each["left"]} for each in idle]
+                "from the idle engine", [{**each, "yielded": each["held"] - each["left"]} for each in idle]
             )
         )
     refused = sum(not each["met"] for each in squeezes)

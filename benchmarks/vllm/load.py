@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import time
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -96,6 +97,6 @@ def run(engine: Any, load: Load) -> Seen:
         load.count * load.output / seconds,
         [each[0] - arrived[name] for name, each in times.items()],
         [(each[-1] - each[0]) / max(1, load.output - 1) for each in times.values()],
-        [after - before for each in times.values() for before, after in zip(each, each[1:], strict=False)],
+        [after - before for each in times.values() for before, after in pairwise(each)],
         [hashlib.sha256(str(each).encode()).hexdigest()[:12] for each in tokens.values()],
     )

@@ -1,8 +1,8 @@
 """Which of an engine's blocks its pool may use: pure bookkeeping over vLLM's own BlockPool.
 
-Blocks without memory are *parked*: taken out of the pool as if a request held them. Admission, prefix lookup,
-eviction and preemption stay vLLM's, and never meet one. Blocks are parked in chunks, the neighbours that share
-extents.
+Blocks without memory are *parked*: taken out of the pool as if a request held them. Admission, prefix
+lookup, eviction and preemption stay vLLM's, and never meet one. Blocks are parked in chunks, the neighbours
+that share extents.
 """
 
 from __future__ import annotations
@@ -18,16 +18,25 @@ class Pool(Protocol):
     blocks: Sequence[Any]
     free_block_queue: Any
 
-    def touch(self, blocks: Sequence[Any]) -> None: ...
-    def free_blocks(self, blocks: Iterable[Any]) -> None: ...
-    def evict_blocks(self, block_ids: set[int]) -> None: ...
-    def get_num_free_blocks(self) -> int: ...
-    def get_new_blocks(self, num_blocks: int) -> Any: ...
+    def touch(self, blocks: Sequence[Any]) -> None:
+        """Counts one more holder of each."""
+
+    def free_blocks(self, ordered_blocks: Iterable[Any]) -> None:
+        """Counts one holder of each less; who has none is free."""
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        """Forgets what is cached in them."""
+
+    def get_num_free_blocks(self) -> int:
+        """Those without a holder."""
+
+    def get_new_blocks(self, num_blocks: int) -> Any:
+        """Hands some out."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Cost:
-    """What giving up a chunk costs, cheapest first: cached blocks, then how lately the last of them was used."""
+    """What giving up a chunk costs, cheapest first: cached blocks, then how late the last was used."""
 
     cached: int
     used: int

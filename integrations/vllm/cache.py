@@ -22,8 +22,8 @@ from torch_elastic_mem.integrations.vllm.compat import Region, Unsupported
 
 log = logging.getLogger("vllm.torch_elastic_mem")
 
-# What comes and goes at once, of all regions together. A driver's call costs the same for 2 MiB and for 16, and
-# the smaller the piece, the sooner nothing lives on it. A small cache has at least so many pieces.
+# What comes and goes at once, of all regions together. A driver's call costs the same for 2 MiB and for 16,
+# and the smaller the piece, the sooner nothing lives on it. A small cache has at least so many pieces.
 EXTENT = 16 << 20
 PIECES = 64
 

@@ -1,4 +1,6 @@
-"""Which releases of vLLM this integration knows, and what differs between them. Nothing else asks for a version.
+"""Which releases of vLLM this integration knows, and what differs between them.
+
+Nothing else here asks for a version.
 
 Facts, each read in the release's wheel:
 
@@ -58,8 +60,8 @@ def require_known() -> str:
 class Region:
     """One allocation of the KV cache.
 
-    It has `layers` equal parts, and in each the same blocks, one after the other. Where blocks lie whole that is
-    one part.
+    It has `layers` equal parts, and in each the same blocks, one after the other. Where blocks lie whole that
+    is one part.
     """
 
     bytes: int
@@ -129,7 +131,7 @@ def _whole(size: int, num_blocks: int) -> Region:
 
 
 def waiting(scheduler: Any) -> Iterator[Any]:
-    """The requests that wait to be admitted, the first to be tried first in each of the scheduler's queues."""
+    """The requests that wait to be admitted, in the order of its queues."""
     for name in ("kv_holding_waiting", "waiting", "skipped_waiting"):
         yield from getattr(scheduler, name, ())
 

@@ -1,15 +1,15 @@
 """Between an engine's scheduler and its memory: grows ahead of need, and gives back when asked.
 
 Who does what. The engine's thread calls the scheduler; everything of the scheduler's that changes its block
-pool runs under `lock`, and so does all that is done to the pool here. A demand comes on a thread of the arena's
-or of another tenant. Blocks that no request holds are given up by that thread itself, so that an idle engine
-need not be woken and a busy one is not waited for: what steps on their way may still do to such blocks is on the
-stream already, and the memory goes behind it. Only between a step's scheduling and the moment when the stream
-has all of its work is that not so; then the engine's thread does it at the end of that span. Running requests are
-preempted by the engine's thread alone, before it schedules.
+pool runs under `lock`, and so does all that is done to the pool here. A demand comes on a thread of the
+arena's or of another tenant. Blocks that no request holds are given up by that thread itself, so that an idle
+engine need not be woken and a busy one is not waited for: what steps on their way may still do to such blocks
+is on the stream already, and the memory goes behind it. Only between a step's scheduling and the moment when
+the stream has all of its work is that not so; then the engine's thread does it at the end of that span.
+Running requests are preempted by the engine's thread alone, before it schedules.
 
-The lock order is `lock`, then the grower's, then those of the arena; no one waits for a demand or for memory with
-`lock` held, except a step that needs blocks, and that no longer than `PATIENCE`.
+The lock order is `lock`, then the grower's, then those of the arena. Nobody waits for a demand or for memory
+with `lock` held, except a step that needs blocks, and that no longer than `PATIENCE`.
 """
 
 from __future__ import annotations

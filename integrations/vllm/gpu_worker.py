@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from torch_elastic_mem.integrations.vllm.worker import Elastic
 
-# Beside torch's memory: the CUDA context, cuBLAS and what kernels bring along. Seen with vLLM 0.26 on an H100.
+# Beside torch's memory: the CUDA context, cuBLAS and what kernels bring along; vLLM 0.26 on an H100.
 CONTEXT = 1 << 30
 
 

@@ -20,11 +20,12 @@ BATCH = 8
 class Memory(Protocol):
     """What gives memory to chunks, all of them or none."""
 
-    def ensure(self, chunks: list[int]) -> None: ...
+    def ensure(self, chunks: list[int]) -> None:
+        """Raises OutOfMemory where there is none."""
 
 
 class Grower:
-    """The thread, what it was asked for, and what it got. Thread-safe; its lock is taken last and held shortly.
+    """The thread, what it was asked for, and what it got. Thread-safe.
 
     Args:
         memory: raises OutOfMemory where there is none.

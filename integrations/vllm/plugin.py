@@ -66,6 +66,10 @@ def choose_classes(config: Any) -> None:
         )
     if config.model_config.runner_type == "pooling":
         raise compat.Unsupported("a pooling model keeps no KV cache")
+    # The CPU engine puts even a single worker in a process of its own; ours shares one with the scheduler.
+    if parallel.distributed_executor_backend not in ("uni", "mp", None):
+        raise compat.Unsupported(f"its workers are started by {parallel.distributed_executor_backend}")
+    parallel.distributed_executor_backend = "uni"
     parallel.worker_cls = worker
     scheduling.scheduler_cls = (
         f"{HERE}.scheduler.{'ElasticAsyncScheduler' if scheduling.async_scheduling else 'ElasticScheduler'}"

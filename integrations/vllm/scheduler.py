@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -13,20 +13,29 @@ from torch_elastic_mem.integrations.vllm.cache import find
 from torch_elastic_mem.integrations.vllm.controller import Controller
 from torch_elastic_mem.integrations.vllm.worker import first_blocks
 
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler as Base
+else:
+    Base = object
 
-class Elastic:
+
+class Elastic(Base):
     """Mixed into a scheduler class of vLLM's, before it.
 
     Only what changes or reads the block pool is wrapped. The engine's one thread calls all of it.
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Where the worker made no elastic cache, and has said why: the class that this is mixed into."""
+        config = args[0] if args else kwargs["vllm_config"]
+        if find(config.instance_id) is None:
+            return cls.__mro__[2](*args, **kwargs)
+        return super().__new__(cls)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         cache = find(self.vllm_config.instance_id)
-        if cache is None:
-            # The worker has said why. What is left is the class that this one was mixed into.
-            self.__class__ = type(self).__mro__[2]
-            return
+        assert cache is not None  # or it would be another class
         ahead = first_blocks(self.vllm_config, self.kv_cache_config)
         pool = self.kv_cache_manager.block_pool
         self.elastic = Controller(
@@ -85,8 +94,8 @@ class Elastic:
     def _needed(self) -> int:
         """Blocks that the next step may take.
 
-        A few for each request that runs, and for those to be admitted all that their prompts need: vLLM admits
-        a request only if the whole of it fits.
+        A few for each request that runs, and for those to be admitted all that their prompts need: vLLM
+        admits a request only if the whole of it fits.
         """
         tokens = self.max_num_scheduled_tokens
         waiting = 0

@@ -9,20 +9,22 @@ from torch_elastic_mem.integrations.vllm import compat
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache, arena_of, keep, open_account
 
 if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker as Base
+
     from torch_elastic_mem.account import Account
     from torch_elastic_mem.arena import Arena
+else:
+    Base = object
 
 log = logging.getLogger("vllm.torch_elastic_mem")
 
 
-class Elastic:
+class Elastic(Base):
     """Mixed into a worker class of vLLM's, before it."""
 
     elastic_arena: Arena
     elastic_account: Account
     elastic_cache: ElasticCache | None = None
-    vllm_config: Any
-    device: Any
 
     def open_elastic_account(self, nbytes: int) -> Arena:
         """Opens the account that the KV cache is charged to.
@@ -41,7 +43,7 @@ class Elastic:
             regions = compat.regions(kv_cache_config)
         except compat.Unsupported as reason:
             log.warning("torch_elastic_mem leaves this engine's KV cache alone: %s", reason)
-            super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+            super().initialize_from_config(kv_cache_config)
             return
         cache = ElasticCache(self.elastic_account, kv_cache_config.num_blocks, regions)
         cache.use_stream()
@@ -49,7 +51,7 @@ class Elastic:
         # over block 0.
         cache.ensure(range(-(-first_blocks(self.vllm_config, kv_cache_config) // cache.chunk_blocks)))
         with cache.handed_out():
-            super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+            super().initialize_from_config(kv_cache_config)
         self.elastic_cache = cache
         keep(self.vllm_config.instance_id, cache)
         log.info(
@@ -63,21 +65,21 @@ class Elastic:
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """As vLLM's. Without an output yet, sampling follows, which may run a draft model over the cache."""
-        output = super().execute_model(scheduler_output)  # type: ignore[misc]
+        output = super().execute_model(scheduler_output)
         if output is not None and self.elastic_cache is not None:
             self.elastic_cache.on_enqueued()
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """As vLLM's; the end of a step's work."""
-        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        output = super().sample_tokens(grammar_output)
         if self.elastic_cache is not None:
             self.elastic_cache.on_enqueued()
         return output
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
         """The layouts that the attention backends take, those first whose blocks lie whole."""
-        return compat.prefer_block_major(super().get_supported_kv_cache_layouts())  # type: ignore[misc]
+        return compat.prefer_block_major(super().get_supported_kv_cache_layouts())
 
 
 def first_blocks(vllm_config: Any, kv_cache_config: Any) -> int:

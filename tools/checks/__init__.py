@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from checks import packaging, product, sanitizers, static
+from checks import engines, packaging, product, sanitizers, static
 
 # A step returns what it found out (its first line stands in its row), or raises Failed or Skipped.
 STEPS: dict[str, Callable[[], str]] = {
@@ -14,6 +14,7 @@ STEPS: dict[str, Callable[[], str]] = {
     "startup": product.startup,
     "suites": product.suites,
     "demo": product.demo,
+    "vllm": engines.vllm,
     "asan": sanitizers.asan,
     "tsan": sanitizers.tsan,
     "pythons": packaging.pythons,
@@ -21,4 +22,4 @@ STEPS: dict[str, Callable[[], str]] = {
 }
 
 # Left out of a run that names no steps, except in CI.
-ON_REQUEST = {"wheel-cuda": "installs several GB"}
+ON_REQUEST = {"vllm": "installs 3 GB", "wheel-cuda": "installs several GB"}

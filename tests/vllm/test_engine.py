@@ -1,0 +1,158 @@
+"""The real engine on the host backend: it serves the same tokens, however it is squeezed meanwhile."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import torch_elastic_mem as tem
+from tests.broker.service import Service
+from tests.programs import end, start
+from torch_elastic_mem.broker.control import ControlClient
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.timeout(400)
+
+MiB = 1 << 20
+LONG = 120.0
+
+
+def read(line: str) -> tuple[str, Any]:
+    told = json.loads(line)
+    return told["fact"], told["value"]
+
+
+def facts(scenario: str) -> dict[str, Any]:
+    done = end(start("-m", "tests.vllm.engine", scenario, TEM_BROKER="0"), timeout=200)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return dict(map(read, done.stdout.splitlines()))
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Any]:
+    return facts("plain")
+
+
+@pytest.fixture(scope="module")
+def squeezed() -> dict[str, Any]:
+    return facts("squeezed")
+
+
+def test_a_variable_is_all_it_takes(plain: dict[str, Any], squeezed: dict[str, Any]) -> None:
+    assert squeezed["scheduler"] == f"Elastic{plain['scheduler']}"
+
+
+def test_an_engine_that_is_squeezed_serves_the_same_tokens(
+    plain: dict[str, Any], squeezed: dict[str, Any]
+) -> None:
+    assert squeezed["tokens"] == plain["tokens"]
+
+
+def test_it_starts_with_memory_for_one_step(squeezed: dict[str, Any]) -> None:
+    assert 0 < squeezed["resident at first"] <= 8 * MiB
+
+
+def test_a_higher_class_gets_what_it_asks_of_a_busy_engine(squeezed: dict[str, Any]) -> None:
+    assert len(squeezed["demands"]) > 3 and all(squeezed["demands"])
+    assert squeezed["least"] <= 16 * MiB, "a quarter of the cache is left"
+
+
+def test_warm_prefixes_stay_until_somebody_asks(squeezed: dict[str, Any]) -> None:
+    left, chunk = squeezed["kept when somebody asks"]
+    assert squeezed["kept when nobody asks"] > chunk
+    assert left == chunk
+
+
+def test_blocks_without_memory_are_not_in_use(squeezed: dict[str, Any]) -> None:
+    assert squeezed["usage when idle"] == 0.0
+    assert squeezed["in use after aborts"] == 0
+
+
+def test_the_prefix_cache_can_be_reset_while_blocks_are_parked(squeezed: dict[str, Any]) -> None:
+    assert squeezed["reset"] is True
+
+
+def test_under_a_limit_below_one_request_requests_wait_and_none_fails(squeezed: dict[str, Any]) -> None:
+    assert squeezed["over the limit"] == 0
+    assert squeezed["came under it"] == 0
+    assert squeezed["came in the end"] == 16
+
+
+class Apart:
+    """An engine whose core is a process of its own, under a broker."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.program = start("-m", "tests.vllm.engine", "apart", TEM_BROKER=str(service.path))
+
+    def fact(self) -> Any:
+        assert self.program.stdout is not None
+        line = self.program.stdout.readline()
+        assert line, self.program.communicate()[1][-5000:]
+        return read(line)[1]
+
+    def held(self) -> int:
+        with ControlClient(self.service.directory / "control.sock") as control:
+            accounts = [each for device in control.state().devices for each in device.accounts]
+        return sum(each.held for each in accounts if each.name == "vllm")
+
+    def comes_down_to(self, most: int) -> bool:
+        deadline = time.monotonic() + 10
+        while self.held() > most and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self.held() <= most
+
+
+@pytest.fixture
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
+    # The path of a socket is short.
+    service = Service(tmp_path_factory.mktemp("b")).start()
+    made = Apart(service)
+    try:
+        yield made
+    finally:
+        if made.program.poll() is None:
+            made.program.kill()
+        made.program.communicate()
+        service.close()
+
+
+def test_an_idle_engine_in_another_process_yields_obeys_and_serves_on(
+    plain: dict[str, Any], apart: Apart
+) -> None:
+    first, _ = apart.fact()
+    before = apart.held()
+    with (
+        tem.Arena("host", capacity=100 * MiB, broker=str(apart.service.path)) as arena,
+        arena.account("other", tem.PriorityClass("pressing", 10**6)) as account,
+    ):
+        memory = account.range(100 * MiB)
+        memory.grow(100 * MiB - before + 4 * MiB, timeout=10)
+        assert apart.held() <= before - 4 * MiB
+        memory.close()
+    with ControlClient(apart.service.directory / "control.sock") as control:
+        control.set_limits("vllm", {"max": 8 * MiB})
+    assert apart.comes_down_to(8 * MiB), "an idle engine obeys a limit"
+    with ControlClient(apart.service.directory / "control.sock") as control:
+        control.set_limits("vllm", {"max": 64 * MiB})
+    apart.service.stop(9)
+    apart.service.start()
+    assert apart.program.stdin is not None
+    apart.program.stdin.write("\n")
+    apart.program.stdin.flush()
+    assert [first, apart.fact()] == plain["tokens"]
+    _, err = apart.program.communicate(timeout=LONG)
+    assert apart.program.returncode == 0, err[-3000:]
+
+
+def test_an_engine_that_is_killed_leaves_nothing_behind(apart: Apart) -> None:
+    apart.fact()
+    assert apart.held() > 0
+    subprocess.run(["pkill", "-KILL", "-P", str(apart.program.pid)], check=True)
+    apart.program.kill()
+    assert apart.comes_down_to(0)

@@ -1,0 +1,233 @@
+"""The thread that gets memory for chunks: what was asked comes back by `take`, or was refused."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from torch_elastic_mem.errors import DriverError, OutOfMemory
+from torch_elastic_mem.integrations.vllm import grower as module
+from torch_elastic_mem.integrations.vllm.grower import BATCH, Grower
+
+pytestmark = pytest.mark.timeout(60)
+
+LONG = 3600.0
+
+
+class FakeMemory:
+    """Room for so many chunks; while the gate is shut a call is begun and goes no further."""
+
+    def __init__(self) -> None:
+        self.room = 10**6
+        self.calls: list[list[int]] = []
+        self.errors: list[Exception] = []
+        self.begun = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def ensure(self, chunks: list[int]) -> None:
+        self.calls.append(list(chunks))
+        self.begun.set()
+        self.gate.wait()
+        if self.errors:
+            raise self.errors.pop(0)
+        if len(chunks) > self.room:
+            raise OutOfMemory("no room")
+        self.room -= len(chunks)
+
+
+@pytest.fixture
+def memory() -> FakeMemory:
+    return FakeMemory()
+
+
+@pytest.fixture
+def grower(memory: FakeMemory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Grower]:
+    monkeypatch.setattr(module, "REST", LONG)
+    made = Grower(memory)
+    yield made
+    memory.gate.set()
+    made.close()
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    # vLLM's loggers do not propagate.
+    module.log.addHandler(caplog.handler)
+    yield caplog
+    module.log.removeHandler(caplog.handler)
+
+
+def settled(grower: Grower) -> list[int]:
+    """All that comes of what was asked."""
+    taken: list[int] = []
+    while grower.coming:
+        grower.wait(LONG)
+        taken += grower.take()
+    return taken
+
+
+def test_what_was_asked_comes_back_once(grower: Grower, memory: FakeMemory) -> None:
+    grower.ask([3, 4])
+    grower.wait(LONG)
+    assert grower.take() == [3, 4]
+    assert (grower.take(), grower.coming, memory.calls) == ([], [], [[3, 4]])
+    assert not grower.resting and grower.refusals == 0
+
+
+def test_what_was_asked_is_coming_until_it_is_taken(grower: Grower, memory: FakeMemory) -> None:
+    memory.gate.clear()
+    grower.ask([1, 2])
+    assert memory.begun.wait(LONG)
+    grower.ask([5])
+    assert sorted(grower.coming) == [1, 2, 5]
+    assert grower.take() == []
+    memory.gate.set()
+    grower.wait(LONG)
+    assert sorted(grower.coming) == [1, 2, 5]
+    assert settled(grower) == [1, 2, 5]
+
+
+def test_much_is_mapped_in_batches_in_order(grower: Grower, memory: FakeMemory) -> None:
+    wanted = list(range(2 * BATCH + 3))
+    grower.ask(wanted)
+    assert settled(grower) == wanted
+    assert [len(call) for call in memory.calls] == [BATCH, BATCH, 3]
+
+
+def test_of_a_refused_batch_comes_what_there_is_room_for_one_by_one(
+    grower: Grower, memory: FakeMemory
+) -> None:
+    memory.room = 2
+    grower.ask([6, 7, 8, 9])
+    assert settled(grower) == [6, 7]
+    assert memory.calls == [[6, 7, 8, 9], [6], [7], [8]], "it stops at the first that is refused"
+    assert grower.resting and grower.refusals == 1
+
+
+def test_a_single_chunk_that_is_refused_is_not_tried_again(grower: Grower, memory: FakeMemory) -> None:
+    memory.room = 0
+    grower.ask([6])
+    assert settled(grower) == []
+    assert memory.calls == [[6]]
+
+
+def test_after_a_refusal_what_else_was_asked_is_forgotten(grower: Grower, memory: FakeMemory) -> None:
+    memory.room = BATCH - 1
+    grower.ask(list(range(3 * BATCH)))
+    assert settled(grower) == list(range(BATCH - 1))
+    assert all(max(call) < BATCH for call in memory.calls)
+
+
+def test_it_does_not_rest_for_ever(
+    grower: Grower, memory: FakeMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.room = 0
+    grower.ask([1])
+    settled(grower)
+    assert grower.resting
+    monkeypatch.setattr(module, "REST", 0.0)
+    assert not grower.resting
+    memory.room = 1
+    grower.ask([1])
+    assert settled(grower) == [1]
+
+
+def test_the_first_refusal_is_logged_and_the_next_are_counted(
+    grower: Grower, memory: FakeMemory, log: pytest.LogCaptureFixture
+) -> None:
+    memory.room = 0
+    for _ in range(3):
+        grower.ask([1])
+        settled(grower)
+    assert grower.refusals == 3
+    assert [record.levelno for record in log.records] == [logging.WARNING]
+    assert "no room" in log.text
+
+
+def test_another_error_is_logged_and_the_thread_survives_it(
+    grower: Grower, memory: FakeMemory, log: pytest.LogCaptureFixture
+) -> None:
+    memory.errors = [DriverError("the driver's refusal", 2)]
+    grower.ask([1, 2])
+    assert settled(grower) == []
+    assert memory.calls == [[1, 2]], "what the driver refuses is not tried one by one"
+    assert [record.levelno for record in log.records] == [logging.ERROR]
+    assert "the driver's refusal" in log.text
+    assert grower.resting
+    grower.ask([1, 2])
+    assert settled(grower) == [1, 2]
+
+
+def test_another_error_of_a_single_chunk_keeps_those_before_it(grower: Grower, memory: FakeMemory) -> None:
+    memory.room = 1
+    memory.errors = [OutOfMemory("no room"), DriverError("the driver's refusal", 2)]
+    grower.ask([1, 2])
+    assert settled(grower) == []
+    grower.ask([1])
+    assert settled(grower) == [1]
+
+
+def test_cancelling_drops_what_was_not_begun(grower: Grower, memory: FakeMemory) -> None:
+    memory.gate.clear()
+    grower.ask([1])
+    assert memory.begun.wait(LONG)
+    grower.ask([2, 3])
+    grower.cancel()
+    assert grower.coming == [1]
+    memory.gate.set()
+    assert settled(grower) == [1]
+    assert memory.calls == [[1]]
+
+
+def test_waiting_ends_at_once_where_nothing_is_asked_for_or_something_is_ready(grower: Grower) -> None:
+    grower.wait(LONG)
+    grower.ask([1])
+    grower.wait(LONG)
+    grower.wait(LONG)
+    assert grower.take() == [1]
+    grower.wait(LONG)
+
+
+def test_waiting_ends_when_memory_is_refused(grower: Grower, memory: FakeMemory) -> None:
+    memory.room = 0
+    memory.gate.clear()
+    grower.ask([1])
+    assert memory.begun.wait(LONG)
+    waiting = threading.Thread(target=grower.wait, args=(LONG,))
+    waiting.start()
+    memory.gate.set()
+    waiting.join()
+    assert (grower.take(), grower.coming) == ([], [])
+
+
+def test_waiting_lasts_no_longer_than_it_may(grower: Grower, memory: FakeMemory) -> None:
+    memory.gate.clear()
+    grower.ask([1])
+    grower.wait(0.0)
+    assert (grower.take(), grower.coming) == ([], [1])
+
+
+def test_closing_ends_the_thread_after_what_it_is_doing(grower: Grower, memory: FakeMemory) -> None:
+    before = threading.active_count()
+    memory.gate.clear()
+    grower.ask([1])
+    assert memory.begun.wait(LONG)
+    grower.ask([2])
+    closing = threading.Thread(target=grower.close)
+    closing.start()
+    memory.gate.set()
+    closing.join()
+    assert threading.active_count() == before - 1
+    assert memory.calls == [[1]]
+    assert grower.take() == [1]
+
+
+def test_closing_twice_is_harmless(grower: Grower) -> None:
+    grower.close()
+    grower.close()
