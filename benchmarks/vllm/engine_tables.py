@@ -40,9 +40,9 @@ def tables(
         "tokens",
     ]
     note = (
-        "Medians of rounds. over stock: output tokens a second, median of the ratios round by round, with its "
-        "quartiles. tokens: requests whose tokens are stock's in the same round; in bfloat16 they depend on "
-        "which requests share a step."
+        "Medians of rounds. over stock: output tokens a second, median of the ratios round by round, with "
+        "its quartiles. tokens: requests whose tokens are stock's in the same round; in bfloat16 they depend "
+        "on which requests share a step."
     )
     found = [Table("One model", columns, rows, " ".join([note, *notes]))]
     squeezes = [

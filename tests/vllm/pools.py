@@ -13,11 +13,10 @@ def pool_of(blocks: int) -> Any:
 
 
 def take(pool: Any, ids: Iterable[int]) -> list[Any]:
-    """A request holds these blocks, which must be free, and no others."""
-    wanted = list(ids)
-    got = pool.get_new_blocks(pool.get_num_free_blocks())
-    pool.free_blocks([block for block in reversed(got) if block.block_id not in wanted])
-    return [pool.blocks[block_id] for block_id in wanted]
+    """A request holds these very blocks; `get_new_blocks` would choose others."""
+    blocks = [pool.blocks[block_id] for block_id in ids]
+    pool.touch(blocks)
+    return blocks
 
 
 def fill(pool: Any, block: Any, content: int) -> None:

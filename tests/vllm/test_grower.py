@@ -56,11 +56,11 @@ def grower(memory: FakeMemory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Grow
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    # vLLM's loggers do not propagate.
-    module.log.addHandler(caplog.handler)
-    yield caplog
-    module.log.removeHandler(caplog.handler)
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    # Whether vLLM's loggers propagate is up to its configuration.
+    monkeypatch.setattr(module.log, "propagate", False)
+    monkeypatch.setattr(module.log, "handlers", [caplog.handler])
+    return caplog
 
 
 def settled(grower: Grower) -> list[int]:
