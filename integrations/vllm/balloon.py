@@ -15,7 +15,7 @@ from typing import Any, Protocol
 class Pool(Protocol):
     """What of vLLM's `BlockPool` is used here."""
 
-    blocks: Sequence[Any]
+    blocks: list[Any]
     free_block_queue: Any
 
     def touch(self, blocks: Sequence[Any]) -> None:

@@ -43,7 +43,7 @@ def register() -> None:
         return config
 
     create_engine_config.elastic = True  # type: ignore[attr-defined]
-    EngineArgs.create_engine_config = create_engine_config
+    EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
 
 
 def choose_classes(config: Any) -> None:

@@ -32,6 +32,7 @@ class Elastic(Base):
         Args:
             nbytes: the most that it may come to.
         """
+        assert self.device is not None  # vLLM has initialised it
         self.elastic_arena = arena_of(self.device, nbytes)
         self.elastic_account = open_account(self.elastic_arena)
         return self.elastic_arena

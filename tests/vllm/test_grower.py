@@ -25,7 +25,7 @@ class FakeMemory:
     def __init__(self) -> None:
         self.room = 10**6
         self.calls: list[list[int]] = []
-        self.errors: list[Exception] = []
+        self.errors: list[Exception | None] = []  # of the calls to come; None for none
         self.begun = threading.Event()
         self.gate = threading.Event()
         self.gate.set()
@@ -34,8 +34,8 @@ class FakeMemory:
         self.calls.append(list(chunks))
         self.begun.set()
         self.gate.wait()
-        if self.errors:
-            raise self.errors.pop(0)
+        if self.errors and (error := self.errors.pop(0)):
+            raise error
         if len(chunks) > self.room:
             raise OutOfMemory("no room")
         self.room -= len(chunks)
@@ -164,13 +164,13 @@ def test_another_error_is_logged_and_the_thread_survives_it(
     assert settled(grower) == [1, 2]
 
 
-def test_another_error_of_a_single_chunk_keeps_those_before_it(grower: Grower, memory: FakeMemory) -> None:
-    memory.room = 1
-    memory.errors = [OutOfMemory("no room"), DriverError("the driver's refusal", 2)]
-    grower.ask([1, 2])
-    assert settled(grower) == []
-    grower.ask([1])
+def test_another_error_while_chunks_are_tried_one_by_one_keeps_those_before_it(
+    grower: Grower, memory: FakeMemory
+) -> None:
+    memory.errors = [OutOfMemory("no room"), None, DriverError("the driver's refusal", 2)]
+    grower.ask([1, 2, 3])
     assert settled(grower) == [1]
+    assert memory.calls == [[1, 2, 3], [1], [2]]
 
 
 def test_cancelling_drops_what_was_not_begun(grower: Grower, memory: FakeMemory) -> None:

@@ -1,0 +1,142 @@
+"""Between an engine's scheduler and its memory: who is served when, and what is left of the pool."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch_elastic_mem as tem  # noqa: E402
+from tests.vllm.pools import cached, leave  # noqa: E402
+from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Demand, Engine  # noqa: E402
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def test_an_idle_engine_is_served_by_the_thread_that_asks(
+    full: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released_by: list[int] = []
+    release = full.cache.release
+
+    def noted(chunks: Iterable[int]) -> None:
+        released_by.append(threading.get_ident())
+        release(chunks)
+
+    monkeypatch.setattr(full.cache, "release", noted)
+    full.pressing.grow(4 * CHUNK, timeout=LONG)
+    assert released_by == [threading.get_ident()]
+    assert full.balloon.parked == 4
+    full.assert_sound()
+
+
+def test_all_but_the_null_blocks_chunk_may_go(full: Engine) -> None:
+    full.pressing.grow(15 * CHUNK, timeout=LONG)
+    assert full.cache.resident_bytes == CHUNK
+    full.assert_sound()
+    with pytest.raises(tem.OutOfMemory):
+        full.pressing.grow(CHUNK, timeout=LONG)
+
+
+def test_what_is_not_cached_goes_before_a_warm_prefix_and_the_coldest_of_those_first(full: Engine) -> None:
+    leave(full.pool, [30, 28])
+    full.pressing.grow(13 * CHUNK, timeout=LONG)
+    assert cached(full.pool, 30) and cached(full.pool, 28)
+    full.pressing.grow(CHUNK, timeout=LONG)
+    assert (cached(full.pool, 30), cached(full.pool, 28)) == (False, True)
+    full.assert_sound()
+
+
+def test_between_scheduling_and_the_stream_a_demand_waits(full: Engine) -> None:
+    full.scheduled()
+    demand = Demand(full, 2 * CHUNK)
+    assert demand.waits()
+    assert (full.balloon.parked, full.cache.resident_bytes) == (0, 16 * CHUNK)
+    full.controller.step_enqueued()
+    assert demand.ended() is True
+    assert full.balloon.parked == 2
+    full.assert_sound()
+
+
+def test_a_demand_waits_for_all_the_steps_that_are_scheduled(full: Engine) -> None:
+    full.scheduled()
+    full.scheduled()
+    demand = Demand(full, 2 * CHUNK)
+    assert demand.waits()
+    full.controller.step_enqueued()
+    assert full.demands() == [False] and full.balloon.parked == 0
+    full.controller.step_enqueued()
+    assert demand.ended() is True
+
+
+def test_work_that_no_scheduling_came_before_is_not_counted(full: Engine) -> None:
+    full.controller.step_enqueued()
+    full.scheduled()
+    demand = Demand(full, CHUNK)
+    assert demand.waits()
+    full.controller.step_enqueued()
+    assert demand.ended() is True
+
+
+def test_the_worker_tells_by_the_cache_when_the_stream_has_a_steps_work(full: Engine) -> None:
+    full.scheduled()
+    demand = Demand(full, CHUNK)
+    assert demand.waits()
+    full.cache.on_enqueued()
+    assert demand.ended() is True
+
+
+def test_a_demand_that_waits_is_served_before_the_next_step(full: Engine) -> None:
+    full.scheduled()
+    demand = Demand(full, CHUNK)
+    assert demand.waits()
+    full.step()
+    assert demand.ended() is True
+    full.assert_sound()
+
+
+def test_blocks_in_use_are_not_evicted(full: Engine) -> None:
+    full.hold(*range(2, BLOCKS, 2))
+    # A lowered `high` asks "evict" alone.
+    full.cache.account.set_limits(high=CHUNK, timeout=LONG)
+    assert (full.balloon.parked, full.demands()) == (0, [])
+    full.pool.free_blocks(full.requests.pop())
+    full.hold(8, 21)
+    full.cache.account.set_limits(high=4 * CHUNK, timeout=LONG)
+    assert full.cache.resident_bytes == 4 * CHUNK
+    full.assert_sound()
+
+
+def test_for_a_demand_that_may_preempt_the_engines_thread_preempts_as_much_as_it_takes(full: Engine) -> None:
+    full.hold(*range(1, 20))
+    full.hold(*range(20, 26))
+    full.hold(*range(26, BLOCKS))
+    demand = Demand(full, 6 * CHUNK)
+    assert demand.waits(preempting=True)
+    assert full.preempted_by == [] and full.balloon.parked == 0
+    full.step()
+    assert demand.ended() is True
+    assert full.preempted_by == [threading.get_ident()] * 2
+    assert full.balloon.parked == 6
+    full.assert_sound()
+
+
+def test_what_is_free_goes_before_anybody_is_preempted(full: Engine) -> None:
+    full.hold(*range(1, 8))
+    full.pressing.grow(12 * CHUNK, timeout=LONG)
+    assert full.preempted_by == []
+    full.assert_sound()
+
+
+def test_a_demand_for_more_than_there_is_takes_all_and_is_refused(full: Engine) -> None:
+    full.hold(1, 5)
+    full.hold(9, 10)
+    demand = Demand(full, 16 * CHUNK)
+    assert demand.waits(preempting=True)
+    full.step()
+    assert demand.ended() is False
+    assert (len(full.preempted_by), full.cache.resident_bytes) == (2, CHUNK)
+    full.assert_sound()
