@@ -163,6 +163,17 @@ def process_allocator(*, hooks: bool = True) -> TorchAllocator:
         return _process_allocator
 
 
+def account_of_torch(device: str) -> Account | None:
+    """The account that torch's memory on the device is charged to; None where torch has its own. Thread-safe.
+
+    Raises:
+        InvalidArgument: it is the name of no CUDA device.
+    """
+    with _lock:
+        made = _process_allocator
+    return made.account(device) if made is not None and made.serves(cuda_index(device)) else None
+
+
 def _torch_object(hooks: bool) -> Any:
     try:
         extension = torch_extension("_torch_cuda")

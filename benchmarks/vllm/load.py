@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 
+from benchmarks.timing import percentile
+
 
 class Load(msgspec.Struct, frozen=True):
     """A load. Equal ones bring equal requests at equal times.
@@ -35,12 +37,12 @@ class Load(msgspec.Struct, frozen=True):
 
 
 class Seen(msgspec.Struct):
-    """What a load saw. Times are in seconds, gaps between tokens of one request among them.
+    """What a load saw. Times are in seconds.
 
     Attributes:
         output_per_second: tokens that came, by the time from the first arrival to the last token.
         ttft, tpot: of each request.
-        itl: between two outputs of one request, for all.
+        itl: between two outputs of one request: of all requests, the percentiles from 0 to 100.
         tokens: a digest of each request's tokens.
     """
 
@@ -97,6 +99,11 @@ def run(engine: Any, load: Load) -> Seen:
         load.count * load.output / seconds,
         [each[0] - arrived[name] for name, each in times.items()],
         [(each[-1] - each[0]) / max(1, load.output - 1) for each in times.values()],
-        [after - before for each in times.values() for before, after in pairwise(each)],
+        _percentiles([after - before for each in times.values() for before, after in pairwise(each)]),
         [hashlib.sha256(str(each).encode()).hexdigest()[:12] for each in tokens.values()],
     )
+
+
+def _percentiles(values: list[float]) -> list[float]:
+    """A hundred and one of them stand for some ten thousand readings."""
+    return [percentile(values, percent) for percent in range(101)]

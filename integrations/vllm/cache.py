@@ -19,6 +19,7 @@ from torch_elastic_mem.defaults import default_arena
 from torch_elastic_mem.elastic_kv import ElasticKVTensor
 from torch_elastic_mem.errors import InvalidArgument
 from torch_elastic_mem.integrations.vllm.compat import Region, Unsupported
+from torch_elastic_mem.torch_cuda import account_of_torch
 
 log = logging.getLogger("vllm.torch_elastic_mem")
 
@@ -186,7 +187,9 @@ def arena_of(device: torch.device, nbytes: int) -> Arena:
 
 
 def open_account(arena: Arena) -> Account:
-    """The engine's account, as the environment's TEM_* variables describe it."""
+    """The account that has torch's memory already, or one that the TEM_* variables describe."""
+    if arena.backend == "cuda" and (found := account_of_torch(arena.device)) is not None:
+        return found
     environment = {"TEM_PRIORITY": "serving", **os.environ}
     settings = Settings.read(environment)
     wanted, number = settings.name or "vllm", 1

@@ -6,11 +6,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import torch  # noqa: E402
+import torch
 
-import torch_elastic_mem as tem  # noqa: E402
-from torch_elastic_mem.integrations.vllm.cache import ElasticCache  # noqa: E402
-from torch_elastic_mem.integrations.vllm.compat import Region, Unsupported  # noqa: E402
+import torch_elastic_mem as tem
+from torch_elastic_mem.integrations.vllm.cache import ElasticCache
+from torch_elastic_mem.integrations.vllm.compat import Region, Unsupported
 
 KiB = 1 << 10
 MiB = 1 << 20

@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import torch_elastic_mem as tem  # noqa: E402
-from tests.vllm.pools import cached, leave  # noqa: E402
-from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Demand, Engine  # noqa: E402
+import torch_elastic_mem as tem
+from tests.vllm.pools import cached, leave
+from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Demand, Engine
 
 pytestmark = pytest.mark.timeout(60)
 

