@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-_LLAMA: dict[str, Any] = {
+_COMMON: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "bos_token_id": 1,
@@ -14,7 +14,7 @@ _LLAMA: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
-# Llama-3.1-8B, and one that a CPU serves.
+# Llama-3.1-8B; one that a CPU serves; and one whose layers see a window only, but for every third.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-8b": {
         "hidden_size": 4096,
@@ -41,10 +41,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         "torch_dtype": "float32",
     },
 }
+SHAPES["tiny-windows"] = SHAPES["tiny"] | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 6,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "query_pre_attn_scalar": 64,
+    "rope_local_base_freq": 10000.0,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+}
 
 
 def write(shape: str, folder: Path) -> Path:
     """A folder that vLLM takes for a model of this shape, to be loaded with `load_format="dummy"`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(_LLAMA | SHAPES[shape]))
+    (folder / "config.json").write_text(json.dumps(_COMMON | SHAPES[shape]))
     return folder

@@ -1,4 +1,4 @@
-"""The real engine: `python -m tests.vllm.engine SCENARIO`. Prints a line of JSON a fact."""
+"""The real engine: `python -m tests.vllm.engine SCENARIO SHAPE`. Prints a line of JSON a fact."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def fact(name: str, value: object) -> None:
     FACTS.flush()
 
 
-def engine(folder: Path, **more: Any) -> Any:
+def engine(folder: Path, shape: str, **more: Any) -> Any:
     from vllm import LLM
 
     return LLM(
-        model=str(shapes.write("tiny", folder)),
+        model=str(shapes.write(shape, folder)),
         load_format="dummy",
         skip_tokenizer_init=True,
         dtype="float32",
@@ -61,7 +61,7 @@ def sampling(count: int) -> Any:
     return SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, detokenize=False)
 
 
-def tokens(llm: Any, seed: int, count: int = 120) -> list[list[int]]:
+def tokens(llm: Any, seed: int, count: int = 80) -> list[list[int]]:
     out = llm.generate(prompts(seed, count), sampling(48), use_tqdm=False)
     return [list(each.outputs[0].token_ids) for each in out]
 
@@ -108,6 +108,8 @@ class Pressing:
             self.least = min(self.least, self.cache.resident_bytes)
             self._done.wait(0.1)
             self.range.shrink(wanted)
+            # A request must get on between two squeezes, on a slow machine too.
+            self._done.wait(0.2)
 
 
 def squeezed(llm: Any) -> None:
@@ -178,12 +180,12 @@ def apart(llm: Any) -> None:
 
 
 def main() -> None:
-    scenario = sys.argv[1]
+    scenario, shape = sys.argv[1:]
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if scenario == "apart" else "0"
     os.environ["TEM_ENABLE"] = "0" if scenario == "plain" else "1"
     os.dup2(2, 1)
     with tempfile.TemporaryDirectory() as folder:
-        llm = engine(Path(folder), async_scheduling=True if scenario == "squeezed" else None)
+        llm = engine(Path(folder), shape, async_scheduling=True if scenario == "squeezed" else None)
         globals()[scenario](llm)
 
 

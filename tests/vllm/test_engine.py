@@ -27,8 +27,8 @@ def read(line: str) -> tuple[str, Any]:
     return told["fact"], told["value"]
 
 
-def facts(scenario: str) -> dict[str, Any]:
-    done = end(start("-m", "tests.vllm.engine", scenario, TEM_BROKER="0"), timeout=200)
+def facts(scenario: str, shape: str = "tiny") -> dict[str, Any]:
+    done = end(start("-m", "tests.vllm.engine", scenario, shape, TEM_BROKER="0"), timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
     return dict(map(read, done.stdout.splitlines()))
 
@@ -51,6 +51,14 @@ def test_an_engine_that_is_squeezed_serves_the_same_tokens(
     plain: dict[str, Any], squeezed: dict[str, Any]
 ) -> None:
     assert squeezed["tokens"] == plain["tokens"]
+
+
+def test_a_model_of_several_groups_of_layers_serves_the_same_tokens() -> None:
+    plain, squeezed = facts("plain", "tiny-windows"), facts("squeezed", "tiny-windows")
+    assert squeezed["scheduler"] == f"Elastic{plain['scheduler']}"
+    assert all(squeezed["demands"])
+    assert squeezed["tokens"] == plain["tokens"]
+    assert squeezed["came in the end"] == 16
 
 
 def test_it_starts_with_memory_for_one_step(squeezed: dict[str, Any]) -> None:
@@ -88,7 +96,7 @@ class Apart:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self.program = start("-m", "tests.vllm.engine", "apart", TEM_BROKER=str(service.path))
+        self.program = start("-m", "tests.vllm.engine", "apart", "tiny", TEM_BROKER=str(service.path))
 
     def fact(self) -> Any:
         assert self.program.stdout is not None
