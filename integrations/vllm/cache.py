@@ -54,20 +54,25 @@ class ElasticCache:
         self.num_blocks = num_blocks
         self.block_bytes = sum(region.block_bytes * region.layers for region in regions)
         pieces = sum(region.layers for region in regions)
-        granularity = account.device.granularity
         extent = self._extent(pieces)
-        self.chunk_blocks = max(1, -(-extent // min(region.block_bytes for region in regions)))
-        shared = 0
-        if any(
-            self.chunk_blocks * region.block_bytes % extent
-            or (region.layers > 1 and region.block_bytes * num_blocks % extent)
+        smallest = min(region.block_bytes for region in regions)
+        self.chunk_blocks = max(1, -(-extent // smallest))
+        apart = all(
+            self.chunk_blocks * region.block_bytes % extent == 0
+            and (region.layers == 1 or region.block_bytes * num_blocks % extent == 0)
             for region in regions
-        ):
-            # Neighbouring chunks share the extents at their edges: those had better be small.
-            extent, shared = granularity, 2 * granularity * pieces
+        )
+        if not apart:
+            # Neighbouring chunks share the extents at their edges: those had better be small, and few.
+            granularity = account.device.granularity
+            self.chunk_blocks = max(1, -(-max(extent, 4 * granularity) // smallest))
+            extent = granularity
         self.num_chunks = -(-num_blocks // self.chunk_blocks)
         self.chunk_bytes = self.chunk_blocks * self.block_bytes
-        self.freed_bytes = max(self.chunk_bytes - shared, granularity)
+        whole = [self.chunk_blocks * region.block_bytes // extent - (not apart) for region in regions]
+        self.freed_bytes = extent * sum(
+            count * region.layers for count, region in zip(whole, regions, strict=True)
+        )
         self.on_enqueued: Callable[[], None] = lambda: None
         self._stream: Any = None
         # Regions of one shape are stripes of one cache: their extents come and go together.
@@ -109,6 +114,11 @@ class ElasticCache:
         """The blocks of these chunks."""
         size, end = self.chunk_blocks, self.num_blocks
         return [block for chunk in chunks for block in range(chunk * size, min((chunk + 1) * size, end))]
+
+    def freed(self, chunks: Iterable[int]) -> int:
+        """Bytes that giving up these chunks frees at least; of a last one that is short, none is promised."""
+        whole = self.num_blocks // self.chunk_blocks
+        return self.freed_bytes * sum(chunk < whole for chunk in chunks)
 
     def use_stream(self) -> None:
         """The calling thread's current stream is the one whose work touches the cache from now on."""

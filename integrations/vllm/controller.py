@@ -158,8 +158,11 @@ class Controller:
             return 0
         self.grower.cancel()
         self.balloon.unpark(self.grower.take())
-        chunks = self.balloon.cheapest(-(-nbytes // self._cache.freed_bytes))
+        wanted = -(-nbytes // self._cache.freed_bytes)
+        chunks = self.balloon.cheapest(wanted)
+        if self._cache.freed(chunks) < nbytes:  # the short one is among them, or there are no more
+            chunks = self.balloon.cheapest(wanted + 1)
         if chunks:
             self.balloon.park(chunks)
             self._cache.release(chunks)
-        return len(chunks) * self._cache.freed_bytes
+        return self._cache.freed(chunks)

@@ -16,7 +16,7 @@ from torch_elastic_mem.integrations.vllm.controller import Controller
 MiB = 1 << 20
 BLOCKS = 32
 CHUNK = 2 * MiB  # two blocks
-LONG = 50.0
+LONG = 600.0  # longer than a test may take
 
 
 class Engine:
@@ -76,7 +76,7 @@ class Demand:
     def __init__(self, engine: Engine, nbytes: int) -> None:
         self.got: bool | None = None
         self._engine, self._nbytes = engine, nbytes
-        self.thread = threading.Thread(target=self._run)
+        self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:

@@ -96,10 +96,10 @@ def test_layers_that_do_not_begin_at_an_extent_are_kept_apart_by_smaller_ones() 
     cache = cache_of(41, region(41, 1 * MiB, layers=3))
     cache.ensure(range(cache.num_chunks))
     before = cache.account.held
-    cache.release([5])
-    assert before - cache.account.held >= cache.freed_bytes
+    cache.release([2])
+    assert before - cache.account.held >= cache.freed_bytes > 0
     for layer in range(3):
-        assert residents(cache, layer) >= set(range(41)) - {10, 11}
+        assert residents(cache, layer) >= set(range(41)) - set(cache.blocks([2]))
 
 
 @pytest.mark.parametrize("block_bytes", [GRANULE, MiB, 3 * MiB, MiB + MiB // 2, 5 * MiB + 4 * KiB])
@@ -114,7 +114,6 @@ def test_a_chunk_beside_neighbours_that_stay_frees_what_is_promised(block_bytes:
         cache.ensure([chunk])
 
 
-@pytest.mark.xfail(strict=True, reason="chunks hardly larger than an extent share all of their extents")
 @pytest.mark.parametrize(("block_bytes", "layers"), [(700 * KiB, 1), (700 * KiB, 3), (GRANULE + 4 * KiB, 1)])
 def test_a_chunk_hardly_larger_than_an_extent_frees_what_is_promised(block_bytes: int, layers: int) -> None:
     cache = cache_of(64, region(64, block_bytes, layers))
