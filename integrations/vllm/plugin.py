@@ -64,6 +64,8 @@ def choose_classes(config: Any) -> None:
         raise compat.Unsupported(
             "sleep mode brings an allocator of its own; yields give the memory of an idle engine"
         )
+    if config.kv_transfer_config is not None:
+        raise compat.Unsupported("a KV connector may register the whole cache, and not all of it has memory")
     if config.model_config.runner_type == "pooling":
         raise compat.Unsupported("a pooling model keeps no KV cache")
     # The CPU engine puts even a single worker in a process of its own; ours shares one with the scheduler.

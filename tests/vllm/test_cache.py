@@ -123,6 +123,21 @@ def test_a_chunk_hardly_larger_than_an_extent_frees_what_is_promised(block_bytes
     assert before - cache.account.held >= cache.freed_bytes
 
 
+@pytest.mark.parametrize(("blocks", "block_bytes"), [(31, MiB), (49, 700 * KiB), (50, 3 * MiB + 4 * KiB)])
+def test_of_a_short_last_chunk_nothing_is_promised(blocks: int, block_bytes: int) -> None:
+    cache = cache_of(blocks, region(blocks, block_bytes))
+    last = cache.num_chunks - 1
+    short = blocks % cache.chunk_blocks != 0
+    cache.ensure(range(cache.num_chunks))
+    for chunks in ([last], [last, 1], [1, 2]):
+        promised = cache.freed_bytes * (len(chunks) - (short and last in chunks))
+        assert cache.freed(chunks) == promised
+        before = cache.account.held
+        cache.release(chunks)
+        assert before - cache.account.held >= promised
+        cache.ensure(chunks)
+
+
 def test_regions_of_one_shape_and_of_several_come_and_go_together() -> None:
     shapes = [region(32, 1 * MiB), region(32, 2 * MiB), region(32, 1 * MiB)]
     cache = cache_of(32, *shapes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 
@@ -189,22 +190,38 @@ def test_who_has_closed_is_not_asked_and_grows_no_more(full: Engine) -> None:
     full.controller.close()
 
 
-def test_a_demand_is_met_where_scattered_chunks_share_all_of_their_extents() -> None:
-    blocks, block_bytes = 72, 700 << 10
-    arena = tem.Arena("host", capacity=25 * CHUNK, reserve=(0, 0), broker=None)
-    cache = ElasticCache(
-        arena.account("engine", "serving"), blocks, [Region(blocks * block_bytes, block_bytes)]
-    )
-    cache.ensure(range(cache.num_chunks))
-    pool = pool_of(blocks)
-    balloon = Balloon(pool, cache.chunk_blocks, cache.num_chunks)
-    chunks = range(1, cache.num_chunks)
+class Odd:
+    """An engine whose neighbouring chunks share extents, on an arena that it fills."""
+
+    def __init__(self, blocks: int) -> None:
+        nbytes = blocks * (700 << 10)
+        self.arena = tem.Arena("host", capacity=-(-nbytes // CHUNK) * CHUNK, reserve=(0, 0), broker=None)
+        account = self.arena.account("engine", "serving")
+        self.cache = ElasticCache(account, blocks, [Region(nbytes, 700 << 10)])
+        self.cache.ensure(range(self.cache.num_chunks))
+        self.pool = pool_of(blocks)
+        self.balloon = Balloon(self.pool, self.cache.chunk_blocks, self.cache.num_chunks)
+        self.controller = Controller(self.cache, self.balloon, lambda: False)
+        self.pressing = self.arena.account("pressing", tem.PriorityClass("pressing", 10**6)).range("64MiB")
+
+    def rungs(self) -> set[str]:
+        return {record.rung for record in self.arena.yields()}
+
+
+def test_a_demand_is_met_where_the_coldest_chunks_are_scattered(engines: list[Any]) -> None:
+    odd = Odd(140)
+    engines.append(odd)
+    assert odd.cache.num_chunks > 9
+    chunks = range(1, odd.cache.num_chunks)
     for chunk in [*chunks[::2], *chunks[1::2]]:
-        leave(pool, [block.block_id for block in balloon.of(chunk)])
-    controller = Controller(cache, balloon, lambda: False)
-    pressing = arena.account("pressing", tem.PriorityClass("pressing", 10**6)).range("64MiB")
-    try:
-        pressing.grow(3 * CHUNK, timeout=LONG)
-    finally:
-        controller.close()
-    assert balloon.in_use() == 0
+        leave(odd.pool, [block.block_id for block in odd.balloon.of(chunk)])
+    odd.pressing.grow(3 * odd.cache.freed_bytes, timeout=LONG)
+    assert (odd.rungs(), odd.balloon.parked) == ({"evict"}, 3)
+
+
+def test_a_short_last_chunk_does_not_count_where_it_frees_less(engines: list[Any]) -> None:
+    odd = Odd(49)
+    engines.append(odd)
+    assert len(odd.balloon.of(odd.cache.num_chunks - 1)) == 1
+    odd.pressing.grow(odd.cache.freed_bytes, timeout=LONG)
+    assert (odd.rungs(), odd.balloon.parked) == ({"evict"}, 2)

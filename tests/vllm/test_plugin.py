@@ -30,14 +30,16 @@ def config(worker: str = CPU, *, asynchronous: bool = False) -> Any:
         ),
         scheduler_config=SimpleNamespace(scheduler_cls=None, async_scheduling=asynchronous),
         model_config=SimpleNamespace(enable_sleep_mode=False, runner_type="generate"),
+        kv_transfer_config=None,
     )
 
 
 def with_other(path: str, value: object) -> Any:
     made = config()
-    part, name = path.split(".")
-    assert hasattr(getattr(made, part), name)
-    setattr(getattr(made, part), name, value)
+    *parts, name = path.split(".")
+    owner = getattr(made, parts[0]) if parts else made
+    assert hasattr(owner, name)
+    setattr(owner, name, value)
     return made
 
 
@@ -90,6 +92,7 @@ def test_one_rank_gets_our_worker_beside_our_scheduler(
         ("scheduler_config.scheduler_cls", "mine.Scheduler", "a scheduler class of its own, mine.Scheduler"),
         ("model_config.enable_sleep_mode", True, "sleep mode"),
         ("model_config.runner_type", "pooling", "pooling"),
+        ("kv_transfer_config", SimpleNamespace(kv_connector="mine"), "KV connector"),
     ],
 )
 def test_what_is_not_served_is_left_as_it_is(path: str, value: object, why: str) -> None:

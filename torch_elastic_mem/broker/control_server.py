@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 MOST_CONNECTIONS = 64
 # Seconds over an answer, after which a reader is let go.
 _SLOWEST_READER = 10.0
+# How long one that is refused may take to ask.
+_REQUEST_WAIT = 1.0
 
 _CHANGES = (words.LimitsRequest, words.PriorityRequest, words.ReclaimRequest)
 _decode = msgspec.json.Decoder(words.AnyRequest).decode
@@ -174,6 +176,9 @@ class _Connection:
     async def serve(self, full: bool) -> None:
         """Answers line by line until the other side ends, or says what is no request."""
         if full and not self._may_change():
+            # A connection that is closed with a request unread takes the answer with it.
+            with contextlib.suppress(TimeoutError, ValueError):
+                await asyncio.wait_for(self._reader.readline(), _REQUEST_WAIT)
             await self._send(_refusal(f"the broker already has {MOST_CONNECTIONS} connections of operators"))
             return
         while True:
