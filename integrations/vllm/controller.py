@@ -53,6 +53,7 @@ class Controller:
         self._preempt = preempt
         self._steps = 0  # scheduled, and not wholly on the stream; all below are guarded by the lock
         self._demands: list[Demand] = []
+        self._closed = False
         cache.on_enqueued = self.step_enqueued
         account = cache.account
         self._reclaimers = [
@@ -108,6 +109,7 @@ class Controller:
             reclaimer.remove()
         self.grower.close()
         with self.lock:
+            self._closed = True
             for demand in self._demands:
                 demand.served.set()
             self._demands.clear()
@@ -123,6 +125,8 @@ class Controller:
     def _asked(self, nbytes: int, timeout: float, preempting: bool) -> None:
         demand = Demand(nbytes, preempting)
         with self.lock:
+            if self._closed:
+                return
             self._demands.append(demand)
             self._serve_if_safe()
         if not demand.served.wait(timeout):

@@ -112,7 +112,7 @@ class Grower:
         except OutOfMemory as error:
             if self.refusals == 0:
                 log.warning("the KV cache does not grow for now: %s", error)
-        except TemError:
+        except Exception:
             log.exception("the KV cache does not grow")
             return []
         got = []

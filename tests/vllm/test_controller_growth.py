@@ -209,7 +209,7 @@ class Odd:
 
 
 def test_a_demand_is_met_where_the_coldest_chunks_are_scattered(engines: list[Any]) -> None:
-    odd = Odd(140)
+    odd = Odd(144)
     engines.append(odd)
     assert odd.cache.num_chunks > 9
     chunks = range(1, odd.cache.num_chunks)

@@ -150,10 +150,13 @@ def test_the_first_refusal_is_logged_and_the_next_are_counted(
     assert "no room" in log.text
 
 
+@pytest.mark.parametrize(
+    "error", [DriverError("the driver's refusal", 2), RuntimeError("the driver's refusal, by torch")]
+)
 def test_another_error_is_logged_and_the_thread_survives_it(
-    grower: Grower, memory: FakeMemory, log: pytest.LogCaptureFixture
+    grower: Grower, memory: FakeMemory, log: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    memory.errors = [DriverError("the driver's refusal", 2)]
+    memory.errors = [error]
     grower.ask([1, 2])
     assert settled(grower) == []
     assert memory.calls == [[1, 2]], "what the driver refuses is not tried one by one"

@@ -134,6 +134,17 @@ def test_an_engine_that_is_not_served_is_configured_as_ever_and_a_warning_says_w
     assert len(warnings) == 1 and "sleep mode" in warnings[0]
 
 
+def test_a_configuration_without_what_is_looked_for_is_left_alone(
+    engine_args: list[Any], warnings: list[str]
+) -> None:
+    plugin.register()
+    made = config()
+    del made.kv_transfer_config
+    engine_args.append(made)
+    assert created().parallel_config.worker_cls == CPU
+    assert len(warnings) == 1 and "kv_transfer_config" in warnings[0]
+
+
 def test_what_vllm_says_of_a_configuration_is_not_hidden(engine_args: list[Any]) -> None:
     plugin.register()
     with pytest.raises(IndexError):
