@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -156,6 +157,29 @@ def test_an_idle_engine_in_another_process_yields_obeys_and_serves_on(
     assert [first, apart.fact()] == plain["tokens"]
     _, err = apart.program.communicate(timeout=LONG)
     assert apart.program.returncode == 0, err[-3000:]
+
+
+def test_under_tem_run_it_is_a_tenant_of_the_machines_broker(
+    plain: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TEM_BROKER")
+    # The path of a socket is short.
+    runtime = tmp_path_factory.mktemp("r")
+    tem_run = ["-c", "from torch_elastic_mem.cli import main; main()", "run"]
+    engine = [sys.executable, "-m", "tests.vllm.engine", "apart", "tiny"]
+    options = ["--priority", "serving", "--name", "chat", "--max", "40MiB", "--"]
+    program = start(*tem_run, *options, *engine, TEM_RUNTIME_DIR=str(runtime))
+    try:
+        assert program.stdout is not None
+        first = read(program.stdout.readline())[1][0]
+        with ControlClient(runtime / "control.sock") as control:
+            (chat,) = (each for device in control.state().devices for each in device.accounts)
+        assert (chat.name, chat.priority) == ("chat", "serving")
+        assert 0 < chat.held <= 40 * MiB
+    finally:
+        _, err = program.communicate("\n", timeout=LONG)
+    assert program.returncode == 0, err[-3000:]
+    assert first == plain["tokens"][0]
 
 
 def test_an_engine_that_is_killed_leaves_nothing_behind(apart: Apart) -> None:
