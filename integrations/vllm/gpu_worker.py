@@ -9,7 +9,8 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from torch_elastic_mem.integrations.vllm.worker import Elastic
 
-# Beside torch's memory: the CUDA context, cuBLAS and what kernels bring along; vLLM 0.26 on an H100.
+# An allowance for the CUDA context, cuBLAS and graphs. It bounds addresses alone: what they really took is read
+# after the warm-up.
 CONTEXT = 1 << 30
 
 
