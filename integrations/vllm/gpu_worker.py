@@ -9,8 +9,8 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from torch_elastic_mem.integrations.vllm.worker import Elastic
 
-# An allowance for the CUDA context, cuBLAS and graphs. It bounds addresses alone: what they really took is read
-# after the warm-up.
+# An allowance for the CUDA context, cuBLAS and graphs. It bounds addresses alone: what they really took is
+# read after the warm-up.
 CONTEXT = 1 << 30
 
 
