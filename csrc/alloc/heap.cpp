@@ -152,7 +152,12 @@ Span* Heap::take_span(Lane& lane, size_t bytes) {
   }
   lane.last_freed = 0;
   while (Span* hot = lane.pop_hot()) set_free(hot);
-  Span* span = lane.take_fit(bytes);
+  const auto absent = [](const Span* other) {
+    return other != nullptr && other->state == SpanState::kAbsent ? other->bytes : 0;
+  };
+  Span* span = lane.take_fit(bytes, [&](const Span* free) {
+    return absent(spans_.before(free)) + free->bytes + absent(spans_.after(free));
+  });
   if (span == nullptr || lane.pool.no_split) return span;
   if (Span* rest = spans_.split(span, bytes)) lane.list(rest);
   return span;

@@ -1,9 +1,11 @@
 // An account's malloc: a stream-ordered caching allocator over elastic memory, in one reservation.
 //
 // Small blocks are cut from slabs, larger ones are spans: the smallest free span that fits, the lowest of
-// those. Spans split and join; any extent that lies within a free span can be given back while its neighbours
-// live, and the hole is mapped again when the space is wanted. Growth maps the fewest bytes: it extends a
-// free span at the edge of what is mapped before it starts a new one.
+// those; one beside absent memory counts as large as it can become, so the edge of what is mapped stays whole
+// for the next block that is larger than all before it. Spans split and join; any extent that lies within a
+// free span can be given back while its neighbours live, and the hole is mapped again when the space is
+// wanted. Growth maps the fewest bytes: it extends a free span at the edge of what is mapped before it starts
+// a new one.
 //
 // A freed block may be used again at once by later work on its stream (see Lane). One that other streams were
 // recorded on is parked until they have passed. The fence of an idle extent is the free that left it idle.

@@ -15,6 +15,7 @@
 #include <array>
 #include <cstdint>
 #include <deque>
+#include <iterator>
 #include <memory>
 #include <memory_resource>
 #include <set>
@@ -42,10 +43,20 @@ class Lane {
   // Free spans.
   void list(Span* span) { free_.insert({span->bytes, span->offset, span}); }
   void unlist(Span* span) { free_.erase({span->bytes, span->offset, span}); }
-  /// The smallest that fits, the lowest of those; unlisted. Null if none does.
-  Span* take_fit(size_t bytes) {
-    const auto fit = free_.lower_bound({bytes, 0, nullptr});
+  /// The smallest that fits, the lowest of those; unlisted. Null if none does. `reach` says how large a span
+  /// can become by growing over absent memory beside it, and that is how large it counts: what is cut from
+  /// the edge of what is mapped is missing from the next block that is larger than all before it.
+  template <class Reach>
+  Span* take_fit(size_t bytes, Reach reach) {
+    auto fit = free_.lower_bound({bytes, 0, nullptr});
     if (fit == free_.end()) return nullptr;
+    size_t reached = reach(fit->span);
+    for (auto next = std::next(fit); reached > fit->bytes && next != free_.end(); ++next) {
+      const size_t further = reach(next->span);
+      if (further >= reached) break;
+      fit = next;
+      reached = further;
+    }
     Span* span = fit->span;
     free_.erase(fit);
     return span;

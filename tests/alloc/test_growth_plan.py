@@ -31,6 +31,29 @@ def test_the_smallest_free_span_that_fits_is_used_and_of_equals_the_lowest(home:
     home.free_all()
 
 
+def test_what_can_still_grow_is_cut_last(home: Home) -> None:
+    """Else a block that is larger than all before it finds the edge in use, and maps all of its bytes."""
+    inner, _, edge = (home.heap.allocate(n, 0) for n in (8 * G, G + MiB, 3 * G))
+    home.heap.free(inner)
+    home.heap.free(edge)
+    held = home.account.held
+    assert home.heap.allocate(2 * G, 0) == inner, "the free bytes at the edge would fit better"
+    assert home.heap.allocate(3 * G, 0) == inner + 2 * G
+    assert home.heap.allocate(4 * G, 0) <= edge
+    assert home.account.held == held + G, "4 extents, of which 3 were free at the edge"
+    assert home.heap.allocate(3 * G, 0) == inner + 5 * G
+    home.free_all()
+
+
+def test_where_nothing_else_is_free_the_edge_is_used(home: Home) -> None:
+    _, edge = (home.heap.allocate(n, 0) for n in (2 * G, 3 * G))
+    home.heap.free(edge)
+    held = home.account.held
+    assert home.heap.allocate(2 * G, 0) == edge
+    assert home.account.held == held
+    home.free_all()
+
+
 def test_growth_extends_a_free_span_at_the_edge_before_it_starts_a_new_run(home: Home) -> None:
     first = home.heap.allocate(G, 0)
     tail = home.heap.allocate(G + MiB, 0)  # leaves 1 MiB free at the edge
