@@ -76,6 +76,10 @@ class Drip:
             closing(serving.range(self._bytes)) as memory,
         ):
             self._arena.set_capacity(min(before, peak + self._bytes + self._slack + reserve))
+            # Reserved as at its peak from the start: what it had not reserved yet would be free for all.
+            if (missing := peak - self._training.held) > 0:
+                core = self._training.allocator()
+                core.free(core.allocate(missing, 0))
             thread = threading.Thread(target=self._run, args=(memory,), name="drip")
             thread.start()
             try:

@@ -35,7 +35,7 @@ class Shape(msgspec.Struct, frozen=True):
 SHAPES = {
     "gpt-124m": Shape(12, 768, 12, batch=32, steps=24),
     "gpt-1b": Shape(18, 2048, 16, batch=14, steps=12),
-    "gpt-tiny": Shape(2, 64, 2, batch=2, steps=4, vocabulary=256, longest=128),
+    "gpt-tiny": Shape(2, 64, 2, batch=2, steps=40, vocabulary=256, longest=128),
 }
 # Its "length" is the batch.
 RESNET = "resnet-50"

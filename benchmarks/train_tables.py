@@ -134,11 +134,19 @@ def _targets(models: Mapping[str, Answers], drips: Mapping[str, str]) -> Table:
             rows.append(target_row(what, f"{memory.median:.3f}", f"at most {MEMORY_TARGET:g}", met))
         if model in drips and (over := _speed(answers, DRIPPED, OURS)):
             rows.append(_at_least(f"{model}: throughput yielding over undisturbed", over.median, DRIP_TARGET))
+            rows.append(_yielded(model, answers[DRIPPED]))
     return Table("Targets", TARGET_COLUMNS, rows)
 
 
 def _at_least(what: str, ratio: float, least: float) -> list[str]:
     return target_row(what, f"{ratio:.3f}", f"at least {least}", ratio >= least)
+
+
+def _yielded(model: str, rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A drip that finds its memory free shows nothing."""
+    met = sum(turn["drip"]["met"] for turn in rounds)
+    yields = sum(len(turn["drip"]["yields_ms"]) for turn in rounds)
+    return target_row(f"{model}: demands that were yielded to", f"{yields} of {met}", "most", 2 * yields > met)
 
 
 def _speed(answers: Answers, over: str, under: str) -> Any:
