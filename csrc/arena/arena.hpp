@@ -150,12 +150,15 @@ class Arena : public std::enable_shared_from_this<Arena> {
   // For the upstream's threads.
 
   /// A lease has come; `take` bytes are charged at once for the caller that waits. False if the account may
-  /// not hold so many: another thread used what was there, or its limits were lowered.
-  bool leased(AccountId id, size_t bytes, size_t take);
+  /// not hold so many: another thread used what was there, or its limits were lowered. `passed` is memory of
+  /// another process that the lease comes with.
+  bool leased(AccountId id, size_t bytes, size_t take, std::vector<Passed> passed = {});
   /// Gives up to `bytes` of an account's lease: what is unused, idle extents, then by reclaimers up to
-  /// `worst`. `progress` is told of each part when its memory has been released.
+  /// `worst`. `progress` is told of each part when its memory has been released, but for what is passed on
+  /// with it: the descriptors of up to `pass` extents.
+  using Progress = std::function<void(size_t bytes, std::vector<Passed> passed)>;
   Yielded yield(AccountId id, size_t bytes, Rung worst, Deadline deadline, const std::string& demander,
-                const std::function<void(size_t bytes)>& progress);
+                size_t pass, const Progress& progress);
   /// Limits were changed from outside.
   void limits_changed(AccountId id, const std::string& priority, const Limits& limits, Deadline deadline);
   /// Calls `visit` with what each account is leased, under the arena's lock: nothing is returned meanwhile.
@@ -232,7 +235,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   size_t budget() const { return upstream_ ? leases() : ledger_.leasable(); }
   size_t unused(AccountId id) const;
   size_t unused_kept() const;
-  size_t take_lease(AccountId id, size_t bytes) noexcept;
+  size_t take_lease(AccountId id, size_t bytes, Passing* passing = nullptr) noexcept;
   void return_leases() noexcept;
   bool wait_for_lease(Lock& lock, AccountId id, size_t bytes, Deadline deadline);
   void stop_upstream(bool nothing_left) noexcept;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <iterator>
 #include <map>
 #include <optional>
 #include <utility>
@@ -31,6 +32,12 @@ class ExtentPool {
     const size_t bytes = extent.bytes();
     by_size_[bytes].push_back(std::move(extent));
     bytes_ += bytes;
+  }
+
+  /// The largest spare of at most so many bytes.
+  std::optional<Extent> take_largest(size_t most) {
+    const auto above = by_size_.upper_bound(most);
+    return above == by_size_.begin() ? std::nullopt : take(std::prev(above)->first);
   }
 
   /// Releases spares, smallest first, until at most `keep` bytes are left: small extents are the ones that

@@ -1,14 +1,34 @@
 #include "arena/handles.hpp"
 
+#include <sys/resource.h>
+
 #include <utility>
 
 #include "core/error.hpp"
 
 namespace tem {
+namespace {
+
+/// Numbers are given out lowest first, so a high one says that a process has many open.
+bool spares_descriptor(const Fd& fd) {
+  rlimit limit{};
+  return ::getrlimit(RLIMIT_NOFILE, &limit) == 0 && static_cast<rlim_t>(fd.get()) < limit.rlim_cur / 2;
+}
+
+}  // namespace
 
 Extent::Extent(Device& device, size_t bytes)
     : device_(&device), handle_(device.backend->create(bytes)), bytes_(bytes) {
   device.created += bytes;
+}
+
+Extent::Extent(Device& device, Passed&& passed)
+    : writer(kSomebody),
+      device_(&device),
+      handle_(device.backend->import_fd(passed.fd)),
+      bytes_(passed.bytes),
+      origin_(spares_descriptor(passed.fd) ? std::move(passed.fd) : Fd()) {
+  device.created += bytes_;
 }
 
 Extent::Extent(Extent&& other) noexcept
@@ -16,7 +36,8 @@ Extent::Extent(Extent&& other) noexcept
       exported(other.exported),
       device_(other.device_),
       handle_(other.handle_),
-      bytes_(std::exchange(other.bytes_, 0)) {}
+      bytes_(std::exchange(other.bytes_, 0)),
+      origin_(std::move(other.origin_)) {}
 
 Extent& Extent::operator=(Extent&& other) noexcept {
   std::swap(writer, other.writer);
@@ -24,6 +45,7 @@ Extent& Extent::operator=(Extent&& other) noexcept {
   std::swap(device_, other.device_);
   std::swap(handle_, other.handle_);
   std::swap(bytes_, other.bytes_);
+  std::swap(origin_, other.origin_);
   return *this;
 }
 
@@ -38,7 +60,14 @@ Extent::~Extent() {
 
 void Extent::release() {
   device_->backend->release(handle_);
+  origin_.close();
   device_->created -= std::exchange(bytes_, 0);
+}
+
+Passed Extent::pass() {
+  Passed passed{bytes_, origin_ ? std::move(origin_) : device_->backend->export_fd(handle_)};
+  release();
+  return passed;
 }
 
 void Extent::abandon() noexcept { device_->lost += std::exchange(bytes_, 0); }

@@ -7,6 +7,7 @@
 #include <memory>
 #include <utility>
 
+#include "arena/passed.hpp"
 #include "backend/backend.hpp"
 #include "core/fork.hpp"
 #include "ledger/ledger.hpp"
@@ -25,11 +26,15 @@ struct Device : std::enable_shared_from_this<Device> {
   BornHere born;
 };
 
+constexpr AccountId kSomebody = ~AccountId{0};
+
 /// One physical allocation. Released when it goes.
 class Extent {
  public:
   Extent() = default;
   Extent(Device& device, size_t bytes);
+  /// Takes over what another process has passed on.
+  Extent(Device& device, Passed&& passed);
   Extent(Extent&& other) noexcept;
   Extent& operator=(Extent&& other) noexcept;
   ~Extent();
@@ -38,13 +43,16 @@ class Extent {
   Handle handle() const { return handle_; }
   explicit operator bool() const { return bytes_ != 0; }
 
-  /// The account that wrote to it last; kNobody for memory fresh from the device, which reads as zeros.
+  /// The account that wrote to it last; kNobody for memory fresh from the device, which reads as zeros;
+  /// kSomebody for one of another process.
   AccountId writer = kNobody;
   /// Another process may have it mapped, for all that is known here.
   bool exported = false;
 
   /// Gives the memory back and reports what a destructor could not.
   void release();
+  /// Lets it go to another process.
+  Passed pass();
   /// Forgets the memory without giving it back: the driver's state of it is unknown.
   void abandon() noexcept;
 
@@ -52,6 +60,7 @@ class Extent {
   Device* device_ = nullptr;
   Handle handle_ = 0;
   size_t bytes_ = 0;
+  Fd origin_;  // it came with this one: the driver exports no handle that it has imported
 };
 
 /// A range of addresses. Given back when it goes.

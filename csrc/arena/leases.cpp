@@ -30,13 +30,15 @@ size_t Arena::unused(AccountId id) const {
   return account.lease > account.held ? account.lease - account.held : 0;
 }
 
-/// Takes unused bytes out of a lease, once the driver has released what lay behind them.
-size_t Arena::take_lease(AccountId id, size_t bytes) noexcept {
+/// Takes unused bytes out of a lease, once what lay behind them has been released or passed on.
+size_t Arena::take_lease(AccountId id, size_t bytes, Passing* passing) noexcept {
   bytes = std::min(bytes, unused(id));
   const size_t sum = leases();
   const size_t elsewhere = device_->created - mapper_.spare().bytes();
+  const size_t keep = sum - bytes > elsewhere ? sum - bytes - elsewhere : 0;
   try {
-    mapper_.shrink_spare(sum - bytes > elsewhere ? sum - bytes - elsewhere : 0);
+    if (passing != nullptr) mapper_.pass_spare(keep, *passing);
+    mapper_.shrink_spare(keep);
   } catch (const Error& error) {
     note_fault(error);
   }
@@ -55,10 +57,11 @@ void Arena::return_leases() noexcept {
   }
 }
 
-bool Arena::leased(AccountId id, size_t bytes, size_t take) {
+bool Arena::leased(AccountId id, size_t bytes, size_t take, std::vector<Passed> passed) {
   const Lock held(mutex_);
   ledger_.set_lease(id, ledger_.at(id).lease + bytes);
   mapper_.set_budget(budget());
+  mapper_.receive(std::move(passed));
   const bool taken = take != 0 && ledger_.grant(id, take);
   changed_.notify_all();
   return taken;
@@ -160,7 +163,7 @@ size_t Arena::unreserve(AccountId id) {
 }
 
 Yielded Arena::yield(AccountId id, size_t bytes, Rung worst, Deadline deadline, const std::string& demander,
-                     const std::function<void(size_t)>& progress) {
+                     size_t pass, const Progress& progress) {
   Yielded out;
   Lock lock = this->lock();
   (void)ledger_.at(id);
@@ -168,10 +171,12 @@ Yielded Arena::yield(AccountId id, size_t bytes, Rung worst, Deadline deadline, 
   tallies_.at(id).asked += bytes;
   const auto missing = [&]() -> size_t {
     if (ledger_.accounts().count(id) == 0) return 0;
-    const size_t taken = take_lease(id, bytes - out.bytes);
+    Passing passing{pass, {}};
+    const size_t taken = take_lease(id, bytes - out.bytes, &passing);
+    pass -= passing.extents.size();
     out.bytes += taken;
     tallies_.at(id).asked -= taken;
-    if (taken != 0) progress(taken);
+    if (taken != 0) progress(taken, std::move(passing.extents));
     return bytes - out.bytes;
   };
   squeeze(lock, kNobody, demander, deadline, worst, missing,

@@ -131,6 +131,24 @@ void Mapper::unmap(const std::vector<Place>& places) {
   }
 }
 
+void Mapper::pass_spare(size_t keep, Passing& passing) {
+  while (passing.extents.size() < passing.most && spare_.bytes() > keep) {
+    auto extent = spare_.take_largest(spare_.bytes() - keep);
+    if (!extent) return;
+    passing.extents.push_back(extent->pass());
+  }
+}
+
+void Mapper::receive(std::vector<Passed> passed) noexcept {
+  for (Passed& one : passed) {
+    try {
+      spare_.put(Extent(device_, std::move(one)));
+    } catch (const Error&) {
+      // The lease has come all the same: the device has the memory as soon as the descriptor is closed.
+    }
+  }
+}
+
 void Mapper::allow(const Range& range) {
   Address at = 0;
   size_t bytes = 0;

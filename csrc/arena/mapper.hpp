@@ -42,6 +42,13 @@ class Mapper {
   /// Releases spares beyond `keep` bytes. A refusing driver leaves the rest spare and throws.
   void shrink_spare(size_t keep) { spare_.shrink_to(keep); }
 
+  /// Lets spares beyond `keep` bytes go to another process, the largest first, none in part. A refusing driver
+  /// costs what it refuses, and throws.
+  void pass_spare(size_t keep, Passing& passing);
+
+  /// Takes over as spares what another process has passed on; what the driver refuses goes to the device.
+  void receive(std::vector<Passed> passed) noexcept;
+
   /// Creates one spare extent, at the cost of no other.
   void add_spare(size_t bytes) { spare_.put(Extent(device_, bytes)); }
 

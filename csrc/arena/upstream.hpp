@@ -2,8 +2,8 @@
 // capacity by itself.
 //
 // A lease grows by demand() alone: the bytes are charged by Arena::leased() before the call returns. It
-// shrinks by give_back(), after the driver has released the memory. So what exists never exceeds what is
-// leased.
+// shrinks by give_back(), after the driver has released the memory, or by a yield, with which memory may be
+// passed on as it is. So what exists never exceeds what is leased.
 #pragma once
 
 #include <cstddef>

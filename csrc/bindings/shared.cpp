@@ -13,7 +13,7 @@
 #include "core/error.hpp"
 #include "ipc/attached.hpp"
 #include "ipc/in_hand.hpp"
-#include "ipc/socket.hpp"
+#include "core/fd_message.hpp"
 
 namespace tem {
 namespace {
@@ -46,7 +46,7 @@ int send_extents(BlockRange& range, int socket, const std::string& message, size
   const Fd copy = copy_of(socket);
   const ipc::InHand in_hand;
   const std::vector<Fd> fds = range.export_fds(first, count, Access::kRead);
-  return ipc::send_message(copy, message.data(), message.size(), fds);
+  return send_message(copy, message.data(), message.size(), fds);
 }
 
 void bind_shared(py::module_& module) {

@@ -46,8 +46,9 @@ void Client::handshake(Deadline deadline) {
   hello.granularity = identity_.granularity;
   post(0, hello);
   Bytes message;
+  std::vector<Fd> descriptors;
   for (;;) {
-    const Connection::Event event = connection_.wait(deadline, message);
+    const Connection::Event event = connection_.wait(deadline, message, descriptors);
     if (event == Connection::Event::kMessage) break;
     if (event == Connection::Event::kNothing && Clock::now() < deadline) continue;
     connection_.disconnect();

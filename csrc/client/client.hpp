@@ -86,11 +86,12 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
   void listen();
   void rejoin();
   void lose() noexcept;
-  void handle(const Bytes& message);
+  void handle(const Bytes& message, std::vector<Fd> descriptors);
   void on_opened(const Header& header, const Opened& opened);
   void on_refused(const Header& header, const Error& why);
   void on_grant(const Header& header, const Granted& granted);
   void on_ask(const Header& header, const Ask& ask);
+  void on_passed(const Header& header, const PassedOn& passed, std::vector<Fd> descriptors);
   void on_set(const Set& set);
   void finish(uint64_t request, std::optional<Error> error);
   void report();
@@ -122,6 +123,8 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
   std::deque<Chore> chores_;
   std::condition_variable chore_;
   std::thread receiver_, worker_;
+
+  std::map<uint64_t, std::vector<Passed>> passed_;  // by demand, until its grant; the receiving thread's
 
   std::atomic<bool> dirty_{false};
   Deadline next_report_{}, next_look_{};

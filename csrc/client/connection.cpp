@@ -58,23 +58,26 @@ void Connection::disconnect() noexcept {
 
 bool Connection::flush() noexcept {
   while (!unsent_.empty()) {
-    const Bytes& message = unsent_.front();
-    if (::send(socket_.get(), message.data(), message.size(), MSG_NOSIGNAL | MSG_DONTWAIT) < 0) {
-      if (errno == EAGAIN || errno == EINTR || errno == ENOBUFS) return true;
-      // Whoever has closed the other end may have said why before: that is still to be received.
-      if (errno != EPIPE && errno != ECONNRESET) return false;
-    }
+    Letter& letter = unsent_.front();
+    const int error =
+        send_message(socket_, letter.message.data(), letter.message.size(), letter.descriptors);
+    if (error == EAGAIN || error == EINTR || error == ENOBUFS) return true;
+    // Whoever has closed the other end may have said why before: that is still to be received. With too many
+    // descriptors under way these are closed: the device then has what they were of.
+    const bool survives = error == 0 || error == EPIPE || error == ECONNRESET ||
+                          (error == ETOOMANYREFS && !letter.descriptors.empty());
+    if (!survives) return false;
     unsent_.pop_front();
   }
   return true;
 }
 
-bool Connection::send(uint64_t number, Bytes message) noexcept {
+bool Connection::send(uint64_t number, Bytes message, std::vector<Fd> descriptors) noexcept {
   bool waiting = false;
   {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (number == 0 || number != number_) return false;
-    unsent_.push_back(std::move(message));
+    unsent_.push_back({std::move(message), std::move(descriptors)});
     // Whoever receives sees the end of the connection, and connects again.
     if (!flush() || unsent_.size() > kMostUnsent) ::shutdown(socket_.get(), SHUT_RDWR);
     waiting = !unsent_.empty();
@@ -83,7 +86,7 @@ bool Connection::send(uint64_t number, Bytes message) noexcept {
   return true;
 }
 
-Connection::Event Connection::wait(Deadline deadline, Bytes& message) {
+Connection::Event Connection::wait(Deadline deadline, Bytes& message, std::vector<Fd>& descriptors) {
   pollfd entries[2] = {{wake_.get(), POLLIN, 0}, {-1, POLLIN, 0}};
   {
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -103,13 +106,13 @@ Connection::Event Connection::wait(Deadline deadline, Bytes& message) {
   }
   if ((entries[1].revents & (POLLIN | POLLHUP | POLLERR)) == 0) return Event::kNothing;
   message.resize(kLargest + 1);
-  ssize_t got = ::recv(entries[1].fd, message.data(), message.size(), MSG_DONTWAIT);
+  Received got = receive_message(socket_, message.data(), message.size());
   // Told once, before what was sent: the other end closed with something unread.
-  if (got < 0 && errno == ECONNRESET)
-    got = ::recv(entries[1].fd, message.data(), message.size(), MSG_DONTWAIT);
-  if (got < 0 && (errno == EAGAIN || errno == EINTR)) return Event::kNothing;
-  if (got <= 0) return Event::kGone;
-  message.resize(static_cast<size_t>(got));
+  if (got.error == ECONNRESET) got = receive_message(socket_, message.data(), message.size());
+  if (got.error == EAGAIN) return Event::kNothing;
+  if (got.error != 0 || got.bytes == 0) return Event::kGone;
+  message.resize(got.bytes);
+  descriptors = std::move(got.fds);
   return Event::kMessage;
 }
 

@@ -7,10 +7,11 @@
 #include <deque>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "client/wire.hpp"
 #include "core/clock.hpp"
-#include "core/fd.hpp"
+#include "core/fd_message.hpp"
 
 namespace tem::client {
 
@@ -27,15 +28,20 @@ class Connection {
   void connect();
   void disconnect() noexcept;
 
-  /// Sends now or as soon as the broker reads. False if the connection is not `number`: the message is gone.
-  bool send(uint64_t number, Bytes message) noexcept;
+  /// Sends now or as soon as the broker reads. False if the connection is not `number`: the message is gone,
+  /// and its descriptors are closed.
+  bool send(uint64_t number, Bytes message, std::vector<Fd> descriptors = {}) noexcept;
 
   enum class Event { kNothing, kMessage, kGone };
   /// Waits for a message, a wake() or the deadline, and sends what could not be sent before.
-  Event wait(Deadline deadline, Bytes& message);
+  Event wait(Deadline deadline, Bytes& message, std::vector<Fd>& descriptors);
   void wake() noexcept;
 
  private:
+  struct Letter {
+    Bytes message;
+    std::vector<Fd> descriptors;
+  };
   bool flush() noexcept;
 
   const std::string path_;
@@ -44,7 +50,7 @@ class Connection {
   Fd socket_;
   uint64_t number_ = 0;
   uint64_t last_number_ = 0;
-  std::deque<Bytes> unsent_;
+  std::deque<Letter> unsent_;
 };
 
 }  // namespace tem::client

@@ -1,5 +1,6 @@
 // The receiving thread: what the broker says, and what is reported to it.
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "client/client.hpp"
@@ -15,6 +16,7 @@ constexpr double kLook = 1.0;     // between looks at what is idle, which moves 
 
 void Client::listen() {
   Bytes message;
+  std::vector<Fd> descriptors;
   for (;;) {
     {
       const Lock lock(mutex_);
@@ -22,12 +24,12 @@ void Client::listen() {
     }
     try {
       if (!connected()) rejoin();
-      switch (connection_.wait(dirty_.load() ? next_report_ : next_look_, message)) {
+      switch (connection_.wait(dirty_.load() ? next_report_ : next_look_, message, descriptors)) {
         case Connection::Event::kGone:
           lose();
           break;
         case Connection::Event::kMessage:
-          handle(message);
+          handle(message, std::move(descriptors));
           break;
         case Connection::Event::kNothing:
           break;
@@ -36,13 +38,14 @@ void Client::listen() {
     } catch (const Error&) {
       // No broker, or one that cannot be understood: what is leased stays, and it is tried again.
       lose();
-      connection_.wait(deadline_in(kAgain), message);
+      connection_.wait(deadline_in(kAgain), message, descriptors);
     }
   }
 }
 
 void Client::lose() noexcept {
   connection_.disconnect();
+  passed_.clear();
   const Lock lock(mutex_);
   openings_.clear();
   for (auto& [id, entry] : entries_) {
@@ -101,7 +104,7 @@ void Client::finish(uint64_t request, std::optional<Error> error) {
   answered_.notify_all();
 }
 
-void Client::handle(const Bytes& message) {
+void Client::handle(const Bytes& message, std::vector<Fd> descriptors) {
   const auto header = header_of(message.data(), message.size());
   if (!header) throw Error(Kind::kBroker, "broker at " + path() + ": what it sent is no message");
   switch (static_cast<Type>(header->type)) {
@@ -116,6 +119,8 @@ void Client::handle(const Bytes& message) {
       return on_grant(*header, body_of<Granted>(message.data(), message.size()));
     case Type::kAsk:
       return on_ask(*header, body_of<Ask>(message.data(), message.size()));
+    case Type::kPassed:
+      return on_passed(*header, body_of<PassedOn>(message.data(), message.size()), std::move(descriptors));
     case Type::kSet:
       return on_set(body_of<Set>(message.data(), message.size()));
     default:
@@ -167,7 +172,14 @@ void Client::on_refused(const Header& header, const Error& why) {
   finish(header.request, why);
 }
 
+/// Comes before the grant that it belongs to: till then it is not this process's.
+void Client::on_passed(const Header& header, const PassedOn& passed, std::vector<Fd> descriptors) {
+  for (Fd& descriptor : descriptors)
+    passed_[header.request].push_back({passed.bytes, std::move(descriptor)});
+}
+
 void Client::on_grant(const Header& header, const Granted& granted) {
+  auto passed = passed_.extract(header.request);
   const auto id = local(granted.account);
   if (!id) return;
   bool waiting = false;
@@ -182,7 +194,7 @@ void Client::on_grant(const Header& header, const Granted& granted) {
   std::optional<Error> error;
   bool taken = false;
   try {
-    taken = arena_->leased(*id, granted.bytes, take);
+    taken = arena_->leased(*id, granted.bytes, take, passed ? std::move(passed.mapped()) : std::vector<Passed>());
   } catch (const Error& closed) {
     error = closed;
   }
@@ -199,11 +211,20 @@ void Client::on_ask(const Header& header, const Ask& ask) {
   const auto id = local(ask.account);
   const uint64_t request = header.request;
   const auto answer = [this, request, account = ask.account, on = connection_.number()](
-                          size_t bytes, size_t coming, bool last) {
+                          size_t bytes, size_t coming, bool last, std::vector<Passed> passed = {}) {
+    for (size_t next = 0; next < passed.size();) {
+      Pass pass{account, 0, passed[next].bytes};
+      std::vector<Fd> descriptors;
+      for (; next < passed.size() && passed[next].bytes == pass.bytes; ++next)
+        descriptors.push_back(std::move(passed[next].fd));
+      pass.count = static_cast<uint32_t>(descriptors.size());
+      connection_.send(on, encode(request, pass), std::move(descriptors));
+    }
     const Gave gave{account, last ? kLastAnswer : 0, bytes, coming};
     connection_.send(on, encode(request, gave));
   };
   if (!id) return answer(0, 0, true);
+  const size_t pass = (ask.flags & kPassOn) != 0 && !arena_->device().exchange.empty() ? kMostFds : 0;
   Rung worst = ask.rung <= static_cast<uint32_t>(Rung::kPause) ? static_cast<Rung>(ask.rung) : Rung::kTrim;
   {
     // A thread that may hold the GIL waits for memory: a reclaimer that needs the GIL would wait for it.
@@ -217,21 +238,28 @@ void Client::on_ask(const Header& header, const Ask& ask) {
     }
   }
   Yielded now;
+  std::vector<Passed> passed;
+  const auto collect = [&](size_t, std::vector<Passed> more) {
+    passed.insert(passed.end(), std::make_move_iterator(more.begin()), std::make_move_iterator(more.end()));
+  };
   const std::string demander = ask.demander.str();
   try {
-    now = arena_->yield(*id, ask.bytes, Rung::kTrim, Clock::now(), demander, [](size_t) {});
+    now = arena_->yield(*id, ask.bytes, Rung::kTrim, Clock::now(), demander, pass, collect);
   } catch (const Error&) {
     return answer(0, 0, true);  // the account has gone, and its bytes with it
   }
   const size_t rest = ask.bytes - now.bytes;
   const bool last = rest == 0 || (worst == Rung::kTrim && now.coming == 0);
-  answer(now.bytes, now.coming, last);
+  const size_t left = pass - passed.size();
+  answer(now.bytes, now.coming, last, std::move(passed));
   if (last) return;
   // The last answer leaves before the deadline, not at it.
   const Deadline deadline = deadline_in(static_cast<double>(ask.timeout) * 0.9e-6);
-  add_chore([id = *id, rest, worst, deadline, demander, answer](Arena& arena) {
+  add_chore([id = *id, rest, worst, deadline, demander, left, answer](Arena& arena) {
     try {
-      arena.yield(id, rest, worst, deadline, demander, [&](size_t bytes) { answer(bytes, 0, false); });
+      arena.yield(id, rest, worst, deadline, demander, left, [&](size_t bytes, std::vector<Passed> more) {
+        answer(bytes, 0, false, std::move(more));
+      });
     } catch (const Error&) {
       // Closed meanwhile: what it held came back by itself.
     }

@@ -18,6 +18,7 @@ constexpr uint16_t kVersion = 1;
 constexpr size_t kLargest = 4096;
 constexpr uint32_t kNoRung = 255;
 constexpr uint32_t kLastAnswer = 1;  // a flag of GAVE
+constexpr uint32_t kPassOn = 1;      // a flag of ASK
 
 enum class Type : uint16_t {
   kHello = 1,
@@ -30,6 +31,7 @@ enum class Type : uint16_t {
   kGave = 8,
   kBye = 9,
   kReport = 10,
+  kPass = 11,
   kWelcome = 32,
   kRefused = 33,
   kOpened = 34,
@@ -38,6 +40,7 @@ enum class Type : uint16_t {
   kDenied = 37,
   kAsk = 38,
   kSet = 39,
+  kPassed = 40,
 };
 
 #pragma pack(push, 1)
@@ -134,6 +137,11 @@ struct Report {
   uint32_t account, rungs;
   uint64_t held, idle;
 };
+struct Pass {
+  static constexpr Type kType = Type::kPass;
+  uint32_t account, count;
+  uint64_t bytes;
+};
 struct Welcome {
   static constexpr Type kType = Type::kWelcome;
   uint64_t epoch, capacity;
@@ -153,12 +161,18 @@ struct Ask {
   uint32_t account, rung;
   uint64_t bytes, timeout;
   Text<64> demander;
+  uint32_t flags, pad;
 };
 struct Set {
   static constexpr Type kType = Type::kSet;
   uint32_t account, pad;
   Text<32> priority;
   WireLimits limits;
+};
+struct PassedOn {
+  static constexpr Type kType = Type::kPassed;
+  uint32_t account, count;
+  uint64_t bytes;
 };
 /// REFUSED and DENIED; the reason follows.
 struct Refusal {

@@ -28,6 +28,8 @@ from torch_elastic_mem.broker.protocol import (
     Message,
     Open,
     Opened,
+    Pass,
+    Passed,
     Refused,
     Return,
     Set,
@@ -57,6 +59,7 @@ class Scripted:
         self.names: dict[int, str] = {}
         self.log: list[tuple[int, Message]] = []
         self._answers: dict[int, queue.Queue[Gave]] = {}
+        self._passed: list[tuple[int, int]] = []
         self._next = 1
         self._changed = threading.Condition()
         self._stop_reader, self._stop = socket.socketpair()
@@ -70,21 +73,29 @@ class Scripted:
 
     # What tests ask for.
 
-    def ask(self, account: int, nbytes: int, rung: int = 0, timeout: float = 5.0) -> list[Gave]:
+    def ask(
+        self, account: int, nbytes: int, rung: int = 0, timeout: float = 5.0, flags: int = 0
+    ) -> list[Gave]:
         """Sends an ASK and returns its answers, the last included."""
         answers: queue.Queue[Gave] = queue.Queue()
         with self._changed:
             number = self._next
             self._next += 1
             self._answers[number] = answers
-        self.send(number, Ask(account, rung, nbytes, int(timeout * 1e6), "other/1"))
+        self.send(number, Ask(account, rung, nbytes, int(timeout * 1e6), "other/1", flags))
         got = [answers.get(timeout=10)]
         while not got[-1].flags & LAST:
             got.append(answers.get(timeout=10))
         return got
 
-    def send(self, request: int, message: Message) -> None:
-        self._clients[-1].send(encode(request, message))
+    def send(self, request: int, message: Message, descriptors: list[int] | None = None) -> None:
+        socket.send_fds(self._clients[-1], [encode(request, message)], descriptors or [])
+
+    def passed(self) -> list[tuple[int, int]]:
+        """The extents that have been passed on: their bytes and descriptors, the test's to close."""
+        with self._changed:
+            found, self._passed = self._passed, []
+        return found
 
     def send_raw(self, data: bytes) -> None:
         self._clients[-1].send(data)
@@ -113,12 +124,14 @@ class Scripted:
                 self.charged
             )
 
-    def answer(self, message: Message) -> None:
-        """To the demand that came last."""
+    def answer(self, message: Message, passed: list[tuple[int, int]] | None = None) -> None:
+        """To the demand that came last, with memory passed on."""
         with self._changed:
             number = [number for number, message in self.log if isinstance(message, Demand)][-1]
         if isinstance(message, Grant):
             self.charged[message.account] += message.bytes
+            for nbytes, descriptor in passed or []:
+                self.send(number, Passed(message.account, 1, nbytes), [descriptor])
         self.send(number, message)
 
     def grant_what_is_free(self, demand: Demand) -> Message:
@@ -156,14 +169,18 @@ class Scripted:
 
     def _receive(self, client: socket.socket) -> None:
         try:
-            data = client.recv(8192)
+            data, descriptors, _, _ = socket.recv_fds(client, 8192, 253)
         except OSError:
-            data = b""
+            data, descriptors = b"", []
         if not data:
             self._clients.remove(client)
             client.close()
             return
         number, message = decode(data)
+        if isinstance(message, Pass):
+            assert len(descriptors) == message.count
+            with self._changed:
+                self._passed += [(message.bytes, descriptor) for descriptor in descriptors]
         reply = self._book(number, message)
         if isinstance(reply, bytes):
             client.send(reply)

@@ -18,6 +18,7 @@ RUNGS = ("trim", "evict", "spill", "shrink", "pause")
 TRIM, EVICT, PAUSE = 0, 1, 4
 FREE_ONLY = 255
 LAST = 1
+PASS_ON = 1
 
 INVALID, ADMISSION, OUT_OF_MEMORY, WRONG_VERSION, NOT_PERMITTED, CLOSED, IN_USE = range(1, 8)
 
@@ -147,6 +148,15 @@ class Report(Message, frozen=True, gc=False):
     idle: int
 
 
+class Pass(Message, frozen=True, gc=False):
+    """Memory to be passed on with what the next GAVE returns: `count` descriptors, of `bytes` each."""
+
+    TYPE, WIRE = 11, "I I Q"
+    account: int
+    count: int
+    bytes: int
+
+
 class Welcome(Message, frozen=True, gc=False):
     """The broker's number, and what the device's ledger shares out."""
 
@@ -196,12 +206,13 @@ class Denied(Message, frozen=True, gc=False):
 class Ask(Message, frozen=True, gc=False):
     """Asks for `bytes` of an account's lease within `timeout` microseconds, no dearer than `rung`."""
 
-    TYPE, WIRE = 38, "I I Q Q 64s"
+    TYPE, WIRE = 38, "I I Q Q 64s I _"
     account: int
     rung: int
     bytes: int
     timeout: int
     demander: str
+    flags: int = 0
 
 
 class Set(Message, frozen=True, gc=False):
@@ -211,6 +222,15 @@ class Set(Message, frozen=True, gc=False):
     account: int
     priority: str
     limits: Limits
+
+
+class Passed(Message, frozen=True, gc=False):
+    """Memory that the next GRANT comes with: `count` descriptors, of `bytes` each."""
+
+    TYPE, WIRE = 40, "I I Q"
+    account: int
+    count: int
+    bytes: int
 
 
 def encode(request: int, message: Message) -> bytes:
