@@ -162,7 +162,9 @@ class ElasticKVTensor:
         except TypeError:
             raise BlockError(f"{self.name}: block {block!r} is no block number") from None
 
-    def ensure(self, blocks: Iterable[int], *, timeout: float | None = None) -> None:
+    def ensure(
+        self, blocks: Iterable[int], *, timeout: float | None = None, rung: str = "pause"
+    ) -> None:
         """Makes blocks resident and held; those held already stay so. All or nothing.
 
         Memory that another tenant wrote to reads as zeros, in the order of the current stream. Lower classes
@@ -172,12 +174,14 @@ class ElasticKVTensor:
         Args:
             blocks: block numbers.
             timeout: seconds to wait for others to yield; None: the arena's `yield_timeout`.
+            rung: the dearest that others are asked for. "trim": what nobody uses; "evict": what can be had
+                again, as cached prefixes; "spill", "shrink" and "pause" cost those their work.
 
         Raises:
-            BlockError: a block out of range. OutOfMemory: the memory is not to be had. Everything is as
+            InvalidArgument: no such rung. BlockError: a block out of range. OutOfMemory: the memory is not to be had. Everything is as
                 before.
         """
-        self._core.ensure(blocks, self.stream(), self._account.device.seconds(timeout))
+        self._core.ensure(blocks, self.stream(), self._account.device.seconds(timeout), rung)
 
     def release(self, blocks: Iterable[int]) -> None:
         """Lets held blocks go. Work on the current stream so far may still touch them; memory goes after it.

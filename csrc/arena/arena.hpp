@@ -132,9 +132,10 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::vector<Yield> yields(uint64_t since);
 
   // Growth.
-  /// Leases bytes, calling reclaimers up to the rung `worst`. Error{kOutOfMemory} leaves the ledger as it
-  /// was.
-  Grant acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst, const Group* group = nullptr);
+  /// Leases bytes, calling reclaimers up to the rung `worst`, and in other processes up to `others`.
+  /// Error{kOutOfMemory} leaves the ledger as it was.
+  Grant acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst, const Group* group = nullptr,
+                Rung others = Rung::kPause);
   /// Leases bytes if nobody has to yield for them.
   std::optional<Grant> acquire_free(AccountId id, size_t bytes);
   Lock lock();
@@ -240,7 +241,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   bool wait_for_lease(Lock& lock, AccountId id, size_t bytes, Deadline deadline);
   void stop_upstream(bool nothing_left) noexcept;
   Grant acquire_leased(Lock& lock, AccountId id, size_t bytes, Deadline deadline, Rung worst,
-                       const Group* group);
+                       const Group* group, Rung others);
 
   // Yielding, in yield.cpp.
   size_t unmap(std::vector<Leaving>& leaving, const Seat& seat, std::exception_ptr* first);

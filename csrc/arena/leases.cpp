@@ -68,15 +68,15 @@ bool Arena::leased(AccountId id, size_t bytes, size_t take, std::vector<Passed> 
 }
 
 Grant Arena::acquire_leased(Lock& lock, AccountId id, size_t bytes, Deadline deadline, Rung worst,
-                            const Group* group) {
+                            const Group* group, Rung others) {
   // A member of a group always asks, and for all of it: the others wait for its demand.
-  const auto ask = [&](std::optional<Rung> others) {
+  const auto ask = [&](std::optional<Rung> dearest) {
     LeaseDemand demand;
     demand.account = id;
     demand.bytes = group != nullptr ? bytes : bytes - std::min(bytes, unused(id));
     demand.want = demand.bytes + (group != nullptr ? 0 : unused_kept());
     demand.take = bytes;
-    demand.others = others;
+    demand.others = dearest;
     demand.own = worst;
     demand.deadline = deadline;
     demand.group = group;
@@ -94,7 +94,7 @@ Grant Arena::acquire_leased(Lock& lock, AccountId id, size_t bytes, Deadline dea
     require_open();
     if (group == nullptr && ledger_.grant(id, bytes)) return Grant(shared_from_this(), id, bytes);
     const size_t lease = ledger_.at(id).lease;
-    const LeaseAnswer answer = ask(Rung::kPause);
+    const LeaseAnswer answer = ask(others);
     if (answer.taken) return Grant(shared_from_this(), id, bytes);
     // Another thread may have brought more than it needs, or have taken what was meant for this one.
     if (group == nullptr && ledger_.grant(id, bytes)) return Grant(shared_from_this(), id, bytes);

@@ -304,7 +304,8 @@ void Arena::trim_self(Lock& lock, AccountId id, size_t target, Rung worst, Deadl
           });
 }
 
-Grant Arena::acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst, const Group* group) {
+Grant Arena::acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst, const Group* group,
+                     Rung others) {
   Lock lock = this->lock();
   if (group == nullptr && tallies_.count(id) != 0 && tallies_.at(id).reserved >= bytes && bytes != 0)
     return grant_reserved(id, bytes);
@@ -322,7 +323,7 @@ Grant Arena::acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst, 
   if (ledger_.at(id).held > below(limits.max)) trim_self(lock, id, below(limits.max), worst, deadline);
   if (ledger_.at(id).held > below(limits.max)) refuse(id, bytes, "max is " + format_bytes(limits.max));
 
-  if (upstream_) return acquire_leased(lock, id, bytes, deadline, worst, group);
+  if (upstream_) return acquire_leased(lock, id, bytes, deadline, worst, group, others);
   if (group != nullptr && group->members != 1) {
     refuse(id, bytes,
            "the group '" + group->name + "' has " + std::to_string(group->members) +

@@ -16,12 +16,10 @@ namespace {
 
 using Unlocked = py::call_guard<NoGil>;
 
-Rung rung_from(const std::string& name) {
-  for (const Rung rung : {Rung::kEvict, Rung::kSpill, Rung::kShrink, Rung::kPause}) {
-    if (name == rung_name(rung)) return rung;
-  }
-  throw Error(Kind::kInvalid,
-              "unknown rung '" + name + "'; a reclaimer is one of evict, spill, shrink, pause");
+Rung reclaimer_rung(const std::string& name) {
+  const Rung rung = rung_from(name);
+  if (rung == Rung::kTrim) throw Error(Kind::kInvalid, "trim needs no reclaimer; use evict, spill, shrink or pause");
+  return rung;
 }
 
 std::optional<size_t> bounded(size_t limit) {
@@ -102,6 +100,13 @@ py::dict dict_of(const Yield& yield) {
 }
 
 }  // namespace
+
+Rung rung_from(const std::string& name) {
+  for (const Rung rung : {Rung::kTrim, Rung::kEvict, Rung::kSpill, Rung::kShrink, Rung::kPause}) {
+    if (name == rung_name(rung)) return rung;
+  }
+  throw Error(Kind::kInvalid, "unknown rung '" + name + "'; the rungs are trim, evict, spill, shrink, pause");
+}
 
 void bind_arena(py::module_& module) {
   py::class_<Backend, std::shared_ptr<Backend>>(module, "Backend")
@@ -194,7 +199,7 @@ void bind_arena(py::module_& module) {
       .def(
           "add_reclaimer",
           [](AccountHandle& self, const std::string& rung, py::function function) {
-            const Rung checked = rung_from(rung);
+            const Rung checked = reclaimer_rung(rung);
             ReclaimFn fn = reclaim_fn(std::move(function));
             const NoGil unlocked;
             return self.arena->add_reclaimer(self.id, checked, std::move(fn));

@@ -23,6 +23,8 @@ void bind_kv(py::module_& module);
 void bind_allocator(py::module_& module);
 void bind_shared(py::module_& module);
 
+/// Error{kInvalid} if there is none of that name.
+Rung rung_from(const std::string& name);
 int send_extents(BlockRange& range, int socket, const std::string& message, size_t first, size_t count);
 
 /// Lets the GIL go for the core's work. In an interpreter that is going down, a thread that asks for the GIL

@@ -145,12 +145,13 @@ void bind_kv(py::module_& module) {
            py::arg("stripes") = 1, py::arg("keep") = 0, py::arg("extent_bytes") = 0, Unlocked())
       .def(
           "ensure",
-          [](RangeHandle& self, py::handle blocks, Stream stream, double timeout) {
+          [](RangeHandle& self, py::handle blocks, Stream stream, double timeout, const std::string& rung) {
             const std::vector<Block> numbers = blocks_from(blocks, self.range->geometry().num_blocks);
+            const Rung dearest = rung_from(rung);
             const NoGil unlocked;
-            self.range->ensure(numbers, stream, deadline_in(timeout));
+            self.range->ensure(numbers, stream, deadline_in(timeout), dearest);
           },
-          py::arg("blocks"), py::arg("stream"), py::arg("timeout"))
+          py::arg("blocks"), py::arg("stream"), py::arg("timeout"), py::arg("rung") = "pause")
       .def(
           "release",
           [](RangeHandle& self, py::handle blocks, Stream stream) {

@@ -65,7 +65,7 @@ std::vector<Place> BlockRange::places(const std::vector<Piece>& extents) const {
   return out;
 }
 
-void BlockRange::grow(const std::vector<Block>& blocks, Stream stream, Deadline deadline) {
+void BlockRange::grow(const std::vector<Block>& blocks, Stream stream, Deadline deadline, Rung dearest) {
   const std::shared_ptr<Arena> arena = this->arena();
   const auto bytes_of = [this](const std::vector<Piece>& extents) {
     size_t sum = 0;
@@ -88,7 +88,7 @@ void BlockRange::grow(const std::vector<Block>& blocks, Stream stream, Deadline 
     // Beyond need only from what is free: nobody yields for growth ahead.
     std::optional<Grant> grant = ahead > exact ? arena->acquire_free(account_, ahead) : std::nullopt;
     const bool generous = grant.has_value();
-    if (!generous) grant.emplace(arena->acquire(account_, exact, deadline, Rung::kPause));
+    if (!generous) grant.emplace(arena->acquire(account_, exact, deadline, dearest, nullptr, dearest));
 
     const Arena::Lock lock = arena->lock();
     std::vector<Piece> extents;

@@ -115,14 +115,14 @@ bool BlockRange::hold_resident(const std::vector<Block>& blocks) {
   return true;
 }
 
-void BlockRange::ensure(const std::vector<Block>& blocks, Stream stream, Deadline deadline) {
+void BlockRange::ensure(const std::vector<Block>& blocks, Stream stream, Deadline deadline, Rung dearest) {
   born_.check(name_.c_str());
   {
     const Guard guard(mutex_);
     note_stream(stream);
     if (arena_ && hold_resident(blocks)) return;
   }
-  grow(blocks, stream, deadline);
+  grow(blocks, stream, deadline, dearest);
 }
 
 void BlockRange::note_stream(Stream stream) {

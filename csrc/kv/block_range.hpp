@@ -38,7 +38,8 @@ class BlockRange final : public Tenant, public std::enable_shared_from_this<Bloc
   /// Makes blocks resident and held; those held already stay so. All or nothing. Memory that somebody else
   /// wrote to is zeroed on `stream`. Error{kBlock} for a block out of range, Error{kOutOfMemory} if the
   /// memory is not to be had.
-  void ensure(const std::vector<Block>& blocks, Stream stream, Deadline deadline);
+  void ensure(const std::vector<Block>& blocks, Stream stream, Deadline deadline,
+              Rung dearest = Rung::kPause);
   /// Lets held blocks go; work submitted to `stream` so far may still touch them. Error{kBlock} for a block
   /// that is out of range, not held or named twice; then all are held as before.
   void release(const std::vector<Block>& blocks, Stream stream);
@@ -100,7 +101,7 @@ class BlockRange final : public Tenant, public std::enable_shared_from_this<Bloc
   std::vector<Piece> missing(const std::vector<Block>& blocks) const;
   std::vector<Piece> extents_for(const std::vector<Piece>& runs, bool ahead) const;
   bool absent(Piece piece) const;
-  void grow(const std::vector<Block>& blocks, Stream stream, Deadline deadline);
+  void grow(const std::vector<Block>& blocks, Stream stream, Deadline deadline, Rung dearest);
   std::vector<Place> places(const std::vector<Piece>& extents) const;
   std::vector<Place> all_places() const;
   void add_slot(Piece piece);

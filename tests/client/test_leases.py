@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 import torch_elastic_mem as tem
 from tests.client.conftest import Opened
@@ -291,3 +292,16 @@ def test_the_brokers_share_is_not_the_arenas_to_change(arena: tem.Arena) -> None
 def test_a_reserve_of_its_own_is_refused(rung: Rung, broker: Scripted) -> None:
     with pytest.raises(tem.InvalidArgument, match="the reserve is the broker's"):
         tem.Arena(rung.device, capacity="64MiB", reserve=(0, 0), broker=broker.path)
+
+
+@pytest.mark.parametrize(("dearest", "number"), [("trim", TRIM), ("evict", 1), ("pause", PAUSE)])
+def test_a_cache_says_how_dearly_others_may_be_asked(
+    opened: Opened, broker: Scripted, dearest: str, number: int
+) -> None:
+    account, _ = opened()
+    cache = tem.ElasticKVTensor(account, 8, (MiB,), torch.uint8)
+    cache.ensure([0, 1], rung=dearest)
+    assert broker.got(Demand)[-1].rung == number
+    with pytest.raises(tem.InvalidArgument, match="the rungs are trim, evict"):
+        cache.ensure([2], rung="bribe")
+    cache.close()
