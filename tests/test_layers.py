@@ -24,6 +24,7 @@ PYTHON_LAYERS = (
     ("share_link", "weights"),
     ("block_pool", "defaults", "shared"),
     ("torch_cuda",),
+    ("stowage",),
     ("__init__",),
     ("observe",),
     ("activate", "demo", "integrations", "screen"),

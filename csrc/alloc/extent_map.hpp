@@ -15,6 +15,7 @@ struct MappedExtent {
   Piece piece;
   Lane* lane = nullptr;
   uint64_t stamp = 0;
+  bool gone = false;  // its memory: the heap is put away
 };
 
 /// Thread-safety: none; the owner brings the lock.

@@ -75,6 +75,7 @@ void* Heap::allocate(size_t bytes, Stream stream) {
 bool Heap::allocate_at(void* pointer, size_t bytes, Stream stream) {
   born_.check(name_.c_str());
   const Guard guard(mutex_);
+  if (away_) return false;
   if (!parked_.empty()) unpark();
   const size_t rounded = rounded_of(bytes);
   Lane& lane = lane_for(stream, rounded <= kSmallBlock);
@@ -113,6 +114,7 @@ bool Heap::take_in_slab(Lane& lane, size_t offset, size_t rounded, size_t reques
 }
 
 void* Heap::take(Lane& lane, size_t rounded, size_t requested) {
+  if (away_) throw Error(Kind::kInUse, name_ + " have been put away; bring them back before you allocate");
   if (!parked_.empty()) unpark();
   Spot spot;
   if (rounded <= kSlabBlock) {

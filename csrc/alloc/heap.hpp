@@ -87,6 +87,15 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   /// Of the device that the heap's memory is on.
   const std::shared_ptr<Device>& device() const { return device_; }
 
+  /// Lets all memory go, under blocks that live too, once the device has done what it has been given so far.
+  /// Blocks keep their addresses, and nothing may touch them or is allocated before bring_back().
+  /// Error{kInUse} while another process may use a block, or a graph is captured.
+  void put_away();
+  /// Puts memory under all of them again, all or nothing; what they held is lost. Memory that another tenant
+  /// wrote to is zeroed on `stream`. Calls reclaimers, unlike a growth. Error{kOutOfMemory} leaves the heap
+  /// put away.
+  void bring_back(Stream stream, Deadline deadline);
+
   /// Without what another allocator provides.
   size_t live_bytes();
   size_t live_blocks();
@@ -185,6 +194,12 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   void drop_extent(Span* span, Piece piece);
   void set_absent(Span* span);
 
+  // Put away, in heap_away.cpp.
+  Idle idle_away();
+  void trim_away(size_t bytes, size_t most, std::vector<Leaving>& out);
+  void stay_away(MappedExtent& extent);
+  void count_extent(const MappedExtent& extent, bool came);
+
   // Pools, in heap_pools.cpp.
   Lane& lane_for(Stream stream, bool small);
   Lane& lane_of(Pool& pool, Stream stream, bool small);
@@ -233,7 +248,9 @@ class Heap final : public Malloc, public Tenant, public std::enable_shared_from_
   int64_t provided_bytes_ = 0;
   MallocObserver* observer_ = nullptr;
   size_t limit_ = SIZE_MAX;
-  bool keep_ = true;  // free spans stay mapped until somebody needs them
+  std::shared_ptr<Mark> away_;  // what the device had been given when the heap was put away; else null
+  size_t gone_bytes_ = 0;       // of extents whose memory has gone since
+  bool keep_ = true;            // free spans stay mapped until somebody needs them
 };
 
 }  // namespace tem

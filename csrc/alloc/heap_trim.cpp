@@ -55,6 +55,7 @@ void Heap::for_each_idle_extent(Visit visit) {
 
 Idle Heap::idle() {
   const Guard guard(mutex_);
+  if (away_) return idle_away();
   settle();
   Idle idle;
   for_each_idle_extent([&](Span*, Piece piece, const Lane& lane, Fence fence) {
@@ -72,6 +73,7 @@ Idle Heap::idle() {
 
 bool Heap::waiting() {
   const Guard guard(mutex_);
+  if (away_) return extents_.mapped() != gone_bytes_;
   if (!keep_) return extents_.mapped() != 0;
   return !released_.empty();  // a free wakes no thread, and what outlived its pool is to go by itself
 }
@@ -79,6 +81,7 @@ bool Heap::waiting() {
 /// Whether free extents wait for marks that have been made.
 bool Heap::comes_free() {
   const Guard guard(mutex_);
+  if (away_) return false;
   settle();
   bool any = false;
   for_each_idle_extent([&](Span*, Piece, Lane&, Fence fence) { any |= fence == Fence::kPending; });
@@ -92,6 +95,7 @@ void Heap::trim(size_t bytes, size_t most, bool kept, std::vector<Leaving>& out)
     Lane* lane;
   };
   const Guard guard(mutex_);
+  if (away_) return trim_away(bytes, most, out);
   if (keep_ && !kept && released_.empty()) return;
   drop_pools();  // not those whose last extents leave now: the driver may refuse, and then they stay
   settle();
@@ -151,6 +155,7 @@ void Heap::set_absent(Span* span) {
 void Heap::stay(const Leaving& leaving) {
   const Guard guard(mutex_);
   const Piece piece = leaving.places.front().piece;
+  if (MappedExtent* extent = extents_.over(piece.offset)) return stay_away(*extent);
   add_extents(*reinterpret_cast<Lane*>(leaving.token), piece, {piece}, 0);
 }
 

@@ -10,6 +10,7 @@
 
 #include "alloc/heap.hpp"
 #include "bindings/bindings.hpp"
+#include "bindings/export.hpp"
 #include "capi/scope.hpp"
 #include "ipc/client.hpp"
 #include "ipc/server.hpp"
@@ -210,6 +211,19 @@ void bind_allocator(py::module_& module) {
             if (self.allow_peer(ordinal)) ipc::allow_again(*self.device());
           },
           py::arg("ordinal"), Unlocked())
+      .def("put_away", &Heap::put_away, Unlocked())
+      .def(
+          "bring_back",
+          [](Heap& self, Stream stream, double timeout) { self.bring_back(stream, deadline_in(timeout)); },
+          py::arg("stream"), py::arg("timeout"), Unlocked())
+      .def(
+          "export",
+          [](const std::shared_ptr<Heap>& self, Address address, size_t bytes) {
+            if (!self->contains(reinterpret_cast<void*>(address)))
+              throw Error(Kind::kInvalid, self->name() + " are not at " + std::to_string(address));
+            return export_bytes(address, bytes, self->device()->backend->capabilities(), self);
+          },
+          py::arg("address"), py::arg("bytes"))
       .def("live_in", &live_in, py::arg("pool"), Unlocked())
       .def("restore", &restore, py::arg("pool"), py::arg("checkpoint"), Unlocked())
       .def("close", &Heap::retire, Unlocked());

@@ -70,6 +70,10 @@ class Balloon:
         """Chunks that are parked."""
         return len(self._out)
 
+    def resident(self) -> list[int]:
+        """Chunks that are not parked: those with memory."""
+        return [chunk for chunk in range(self.num_chunks) if chunk not in self._out]
+
     def of(self, chunk: int) -> Sequence[Any]:
         """A chunk's blocks."""
         return self._pool.blocks[chunk * self._size : (chunk + 1) * self._size]

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -17,7 +17,7 @@ from torch_elastic_mem.activate.settings import Settings
 from torch_elastic_mem.arena import Arena
 from torch_elastic_mem.defaults import default_arena
 from torch_elastic_mem.elastic_kv import ElasticKVTensor
-from torch_elastic_mem.errors import InvalidArgument
+from torch_elastic_mem.errors import InUseError, InvalidArgument
 from torch_elastic_mem.integrations.vllm.compat import Region, Unsupported
 from torch_elastic_mem.torch_cuda import account_of_torch
 
@@ -30,7 +30,27 @@ PIECES = 64
 
 _lock = threading.Lock()
 _host: Arena | None = None  # guarded by the lock
-_caches: dict[str, ElasticCache] = {}  # by the engine's instance id; guarded by the lock
+_caches: dict[str, ElasticCache] = {}  # by the engine's instance id; guarded by the lock, like the next
+_opened: list[Account] = []  # by open_account
+_left: list[Account] = []  # of these, those whose engine has ended
+
+
+class Resting(Protocol):
+    """Who knows which chunks have memory, and can give up all of them between two steps."""
+
+    @property
+    def away(self) -> bool:
+        """Whether it has."""
+
+    @property
+    def bytes(self) -> int:
+        """What bringing it back takes."""
+
+    def put_away(self) -> None:
+        """Gives all memory back; what it held is lost."""
+
+    def bring_back(self, timeout: float) -> None:
+        """Puts memory under what must never lack it."""
 
 
 class ElasticCache:
@@ -47,6 +67,7 @@ class ElasticCache:
         chunk_bytes: bytes of a whole chunk in all regions.
         freed_bytes: what giving up a chunk frees at least, beside neighbours that stay.
         on_enqueued: called by the worker when the stream has all of a step's work.
+        resting: whom sleep and wake-up go to.
     """
 
     def __init__(self, account: Account, num_blocks: int, regions: Sequence[Region]) -> None:
@@ -74,6 +95,7 @@ class ElasticCache:
             count * region.layers for count, region in zip(whole, regions, strict=True)
         )
         self.on_enqueued: Callable[[], None] = lambda: None
+        self.resting: Resting | None = None
         self._stream: Any = None
         # Regions of one shape are stripes of one cache: their extents come and go together.
         self._parts: list[tuple[ElasticKVTensor, int]] = []
@@ -178,26 +200,30 @@ class _Allocations(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def arena_of(device: torch.device, nbytes: int) -> Arena:
+def arena_of(device: torch.device, nbytes: int | None) -> Arena:
     """This process's arena on the device; opened on first use, and never closed.
 
     Args:
         device: where the engine runs.
-        nbytes: the most that the KV cache may come to, for an arena on the host.
+        nbytes: the most that the KV cache may come to, for an arena on the host; None: all of it.
     """
     global _host
     if device.type == "cuda":
         return default_arena(f"cuda:{device.index or 0}")
     with _lock:
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if _host is None:
-            _host = Arena("host", capacity=nbytes)
-        elif _host.broker is None and _host.capacity < nbytes:
+            _host = Arena("host", capacity=machine)
+            if nbytes is not None and _host.broker is None:
+                _host.set_capacity(nbytes)
+        elif nbytes is not None and _host.broker is None and _host.capacity < nbytes:
             _host.set_capacity(nbytes)
         return _host
 
 
 def open_account(arena: Arena) -> Account:
     """The account that has torch's memory already, or one that the TEM_* variables describe."""
+    _close_left()
     if arena.backend == "cuda" and (found := account_of_torch(arena.device)) is not None:
         return found
     environment = {"TEM_PRIORITY": "serving", **os.environ}
@@ -205,12 +231,29 @@ def open_account(arena: Arena) -> Account:
     wanted, number = settings.name or "vllm", 1
     while True:
         try:
-            return arena.account(wanted if number == 1 else f"{wanted}-{number}", settings.priority_class())
+            name = wanted if number == 1 else f"{wanted}-{number}"
+            account = arena.account(name, settings.priority_class())
+            with _lock:
+                _opened.append(account)
+            return account
         except InvalidArgument:
             # Another engine of this process has the name; what else may be wrong stays so.
             if number > len(arena.snapshot().accounts):
                 raise
             number += 1
+
+
+def _close_left() -> None:
+    with _lock:
+        for account in list(_left):
+            try:
+                account.close()
+            except InUseError:
+                # vLLM's views of the cache may outlive the engine. Without memory they cost nothing.
+                account.trim()
+                continue
+            _left.remove(account)
+            _opened.remove(account)
 
 
 def keep(engine: str, cache: ElasticCache) -> None:
@@ -223,3 +266,13 @@ def find(engine: str) -> ElasticCache | None:
     """The cache that the engine's worker made, if it was made elastic."""
     with _lock:
         return _caches.get(engine)
+
+
+def forget(engine: str) -> None:
+    """The engine has been shut down. The account that was opened for it goes when its tensors have gone."""
+    with _lock:
+        cache = _caches.pop(engine, None)
+        if cache is not None and cache.account in _opened:
+            _left.append(cache.account)
+    del cache
+    _close_left()

@@ -9,6 +9,9 @@ Facts, each read in the release's wheel:
   lie in one allocation. Both runners allocate with `torch.zeros(size, dtype=torch.int8, device=...)`.
 * From 0.29 the layout is chosen among those that every worker reports (`get_supported_kv_cache_layouts`);
   those whose name begins with B have the block outermost.
+* Up to 0.28 any `wake_up` restores the buffers that level 2 has saved, whether or not the weights are back,
+  and `post_kv_cache_wake_up` restores what vLLM's own allocator would have lost beside the KV cache: the V1
+  runner zeroes all of a quantized cache for it.
 * Output in flight of a preempted request: up to 0.28 the scheduler counts what to discard on the request;
   later `_preempt_request` takes `drop_stale_output`.
 """
@@ -17,7 +20,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,3 +152,38 @@ def preempt(scheduler: Any, request: Any) -> None:
         request.num_output_placeholders = 0
     # It may be resumed in the very step that follows, which must then bring the runner all of it.
     scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+
+
+def other_sleep(model_config: Any) -> str | None:
+    """Why an engine cannot sleep by the arena, if it is configured to sleep in another way."""
+    backend = model_config.sleep_mode_backend
+    if backend != "cumem":
+        return f"it sleeps by a backend of its own, {backend}"
+    if getattr(model_config, "sleep_mode_offload_cudagraph", False):
+        return "CUDA graphs are not put away while it sleeps"
+    return None
+
+
+@contextmanager
+def waking(worker: Any, tags: Sequence[str] | None) -> Iterator[None]:
+    """Within the block `Worker.wake_up` touches only what has memory, and restores only what was lost."""
+    aside: dict[str, Any] = {}
+    if tags is not None and "weights" not in tags:
+        for name, empty in (
+            ("_sleep_saved_buffers", {}),
+            ("_sleep_rebuild_draft_metadata_buffers", False),
+        ):
+            if hasattr(worker, name):
+                aside[name] = getattr(worker, name)
+                setattr(worker, name, empty)
+    runner = worker.model_runner
+    restores = hasattr(runner, "post_kv_cache_wake_up")
+    if restores:
+        runner.post_kv_cache_wake_up = lambda: None
+    try:
+        yield
+    finally:
+        for name, value in aside.items():
+            setattr(worker, name, value)
+        if restores:
+            del runner.post_kv_cache_wake_up

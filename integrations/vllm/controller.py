@@ -19,12 +19,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch_elastic_mem.errors import InUseError
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache
 from torch_elastic_mem.integrations.vllm.grower import Grower
 
 # What a step waits for memory on its way rather than give up a warm prefix or preempt a request.
 PATIENCE = 0.05
+# What a growth on its way may take to be refused, before an engine sleeps.
+LONGEST = 10.0
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +57,9 @@ class Controller:
         self._steps = 0  # scheduled, and not wholly on the stream; all below are guarded by the lock
         self._demands: list[Demand] = []
         self._closed = False
+        self._away: list[int] = []  # while all memory is away: the chunks that are not parked
         cache.on_enqueued = self.step_enqueued
+        cache.resting = self
         account = cache.account
         self._reclaimers = [
             account.on_reclaim(lambda nbytes, timeout: self._asked(nbytes, timeout, False), "evict"),
@@ -68,6 +73,8 @@ class Controller:
             needed: blocks that the step can use at most; asked for only where they may be short.
             ahead: unused blocks to have at hand.
         """
+        if self._away:
+            return
         self._cache.use_stream()
         self._serve()
         self.balloon.unpark(self.grower.take())
@@ -103,13 +110,72 @@ class Controller:
                 blocks -= self.balloon.parked_blocks
             return self.balloon.in_use() / blocks if blocks > 0 else 0.0
 
+    @property
+    def away(self) -> bool:
+        """Whether all memory is away: nothing is left to be asked for, and nothing grows."""
+        with self.lock:
+            return bool(self._away)
+
+    @property
+    def bytes(self) -> int:
+        """What bringing it back takes."""
+        with self.lock:
+            return len(self._away) * self._cache.chunk_bytes
+
+    def put_away(self) -> None:
+        """Gives all memory back, that of the null block too; what is cached is forgotten.
+
+        The engine's thread calls it, when no step is under way.
+
+        Raises:
+            InUseError: requests hold blocks. Nothing has been given back.
+        """
+        self.grower.settle(LONGEST)
+        with self.lock:
+            if self._away:
+                return
+            if held := self.balloon.in_use():
+                raise InUseError(
+                    f"the engine cannot sleep: requests hold {held} of its blocks; pause it in a mode that "
+                    "frees them first"
+                )
+            self.balloon.unpark(self.grower.take())
+            parked = self.balloon.cheapest(self.balloon.num_chunks)
+            self.balloon.park(parked)
+            # Those are left of which vLLM has a block for itself, as the null block.
+            self._away = self.balloon.resident()
+            self._cache.release([*parked, *self._away])
+            self._steps = 0
+            self._serve_if_safe()
+
+    def bring_back(self, timeout: float) -> None:
+        """Puts memory under the blocks that vLLM has for itself; the rest comes as steps need it.
+
+        Raises:
+            OutOfMemory: the memory is not to be had; all of it stays away.
+        """
+        with self.lock:
+            chunks = list(self._away)
+        if chunks:
+            self._cache.ensure(chunks, timeout)
+            with self.lock:
+                self._away.clear()
+
     def close(self) -> None:
-        """Nobody is asked any more, and nothing grows."""
+        """Nobody is asked any more, nothing grows, and all memory goes, after what the stream has been given.
+
+        No step may come after. Harmless the second time.
+        """
         for reclaimer in self._reclaimers:
             reclaimer.remove()
         self.grower.close()
         with self.lock:
+            if self._closed:
+                return
             self._closed = True
+            self.balloon.unpark(self.grower.take())
+            if not self._away:
+                self._cache.release(self.balloon.resident())
             for demand in self._demands:
                 demand.served.set()
             self._demands.clear()

@@ -16,3 +16,32 @@ class ElasticCPUWorker(Elastic, CPUWorker):
         self.open_elastic_account(found)
         limit = self.elastic_account.limits.max
         return found if limit is None else min(found, limit)
+
+    def sleep(self, level: int = 1) -> None:
+        """What the GPU worker does; vLLM has none on the CPU."""
+        if self.elastic_sleep is None:
+            super().sleep(level)
+            return
+        if level == 2:
+            buffers = self.model_runner.get_model().named_buffers()
+            self._sleep_saved_buffers = {name: buffer.clone() for name, buffer in buffers}
+        self.elastic_sleep.suspend(level)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """What the GPU worker does."""
+        if self.elastic_sleep is None:
+            super().wake_up(tags)
+            return
+        self.elastic_sleep.resume(tags)
+        if not self.elastic_sleep.weights.away:
+            for name, buffer in self.model_runner.get_model().named_buffers():
+                if name in self._sleep_saved_buffers:
+                    buffer.data.copy_(self._sleep_saved_buffers[name])
+            self._sleep_saved_buffers = {}
+
+    def discard(self, tags: tuple[str, ...]) -> None:
+        """What the GPU worker does."""
+        if self.elastic_sleep is None:
+            super().discard(tags)
+            return
+        self.elastic_sleep.discard(tags)

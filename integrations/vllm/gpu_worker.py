@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu_worker import Worker
 
+from torch_elastic_mem.integrations.vllm import compat
 from torch_elastic_mem.integrations.vllm.worker import Elastic
+from torch_elastic_mem.torch_cuda import account_of_torch
 
 # An allowance for the CUDA context, cuBLAS and graphs. It bounds addresses alone: what they really took is
 # read after the warm-up.
@@ -42,7 +44,11 @@ class ElasticWorker(Elastic, Worker):
             config.kv_cache_memory_bytes = given
         arena = self.open_elastic_account(room)
         if given is None:
-            room = min(room - torch.cuda.max_memory_reserved(self.device) - CONTEXT, arena.capacity)
+            own = torch.cuda.max_memory_reserved(self.device)
+            if self.elastic_sleep is not None and account_of_torch(arena.device) is not None:
+                # They are in a malloc of their own then, which torch does not count.
+                own += self.elastic_sleep.weights.bytes
+            room = min(room - own - CONTEXT, arena.capacity)
         limit = self.elastic_account.limits.max
         return room if limit is None else min(room, limit)
 
@@ -54,3 +60,17 @@ class ElasticWorker(Elastic, Worker):
             free, _ = torch.cuda.mem_get_info(self.device)
             arena.set_capacity(min(arena.capacity, free + arena.snapshot().created))
         return done
+
+    def sleep(self, level: int = 1) -> None:
+        """As vLLM's, of which a neighbour is no part."""
+        try:
+            super().sleep(level)
+        except AssertionError:
+            # It asserts that the device has more free than before. Who waited for this memory has it already.
+            if self.elastic_sleep is None or self.elastic_sleep.state() != "SUSPENDED":
+                raise
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """As vLLM's, as far as there is memory then."""
+        with compat.waking(self, tags):
+            super().wake_up(tags)

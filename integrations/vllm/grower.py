@@ -77,6 +77,12 @@ class Grower:
         with self._changed:
             self._changed.wait_for(lambda: self._ready or not (self._asked or self._at_work), seconds)
 
+    def settle(self, seconds: float) -> None:
+        """Forgets what has not been begun, and waits until the rest has come or was refused."""
+        with self._changed:
+            self._asked.clear()
+            self._changed.wait_for(lambda: not self._at_work, seconds)
+
     def close(self) -> None:
         """Ends the thread after what it is doing."""
         with self._changed:

@@ -60,10 +60,8 @@ def choose_classes(config: Any) -> None:
         raise compat.Unsupported(f"it has a worker class of its own, {parallel.worker_cls}")
     if scheduling.scheduler_cls is not None:
         raise compat.Unsupported(f"it has a scheduler class of its own, {scheduling.scheduler_cls}")
-    if config.model_config.enable_sleep_mode:
-        raise compat.Unsupported(
-            "sleep mode brings an allocator of its own; yields give the memory of an idle engine"
-        )
+    if config.model_config.enable_sleep_mode and (reason := compat.other_sleep(config.model_config)):
+        raise compat.Unsupported(reason)
     if config.kv_transfer_config is not None:
         raise compat.Unsupported("a KV connector may register the whole cache, and not all of it has memory")
     if config.model_config.runner_type == "pooling":

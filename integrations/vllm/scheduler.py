@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from torch_elastic_mem.integrations.vllm import compat
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
-from torch_elastic_mem.integrations.vllm.cache import find
+from torch_elastic_mem.integrations.vllm.cache import find, forget
 from torch_elastic_mem.integrations.vllm.controller import Controller
 from torch_elastic_mem.integrations.vllm.worker import first_blocks
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as Base
 else:
     Base = object
+
+log = logging.getLogger("vllm.torch_elastic_mem")
 
 
 class Elastic(Base):
@@ -86,9 +90,17 @@ class Elastic(Base):
                 stats.kv_cache_usage = self.elastic.usage()
             return stats
 
+    def set_pause_state(self, pause_state: PauseState) -> None:
+        """As vLLM's; but while its memory is away, an engine is paused whoever resumes it."""
+        if pause_state == PauseState.UNPAUSED and self.elastic.away:
+            log.warning("the engine sleeps: it goes on after wake_up(), and not before")
+            return
+        super().set_pause_state(pause_state)
+
     def shutdown(self) -> None:
-        """As vLLM's."""
+        """As vLLM's. The worker has been shut down before, and runs no step any more."""
         self.elastic.close()
+        forget(self.vllm_config.instance_id)
         super().shutdown()
 
     def _needed(self) -> int:

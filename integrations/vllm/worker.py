@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
+from torch_elastic_mem.errors import InUseError
 from torch_elastic_mem.integrations.vllm import compat
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache, arena_of, keep, open_account
+from torch_elastic_mem.integrations.vllm.sleep import Sleep
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as Base
@@ -25,17 +28,31 @@ class Elastic(Base):
     elastic_arena: Arena
     elastic_account: Account
     elastic_cache: ElasticCache | None = None
+    elastic_sleep: Sleep | None = None
 
-    def open_elastic_account(self, nbytes: int) -> Arena:
-        """Opens the account that the KV cache is charged to.
+    def open_elastic_account(self, nbytes: int | None) -> Arena:
+        """Opens the account that the KV cache is charged to, and in sleep mode the weights.
 
         Args:
-            nbytes: the most that it may come to.
+            nbytes: the most that the cache may come to, where that is known.
         """
-        assert self.device is not None  # vLLM has initialised it
-        self.elastic_arena = arena_of(self.device, nbytes)
-        self.elastic_account = open_account(self.elastic_arena)
+        if self.elastic_sleep is None:
+            assert self.device is not None  # vLLM has initialised it
+            self.elastic_arena = arena_of(self.device, nbytes)
+            self.elastic_account = open_account(self.elastic_arena)
         return self.elastic_arena
+
+    def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[None]:
+        """Where vLLM allocates what sleeps: the weights. The KV cache is the arena's in any case."""
+        if not self.vllm_config.model_config.enable_sleep_mode:
+            return super()._maybe_get_memory_pool_context(tag)
+        if tag != "weights":
+            return nullcontext()
+        if self.elastic_sleep is None:
+            self.open_elastic_account(None)
+            self.elastic_sleep = Sleep(self.elastic_arena, self.elastic_account)
+            self._sleep_mode_backend = self.elastic_sleep
+        return self.elastic_sleep.weights.allocations()
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Makes the KV cache, with memory under as many blocks as one step may use."""
@@ -54,6 +71,8 @@ class Elastic(Base):
         with cache.handed_out():
             super().initialize_from_config(kv_cache_config)
         self.elastic_cache = cache
+        if self.elastic_sleep is not None:
+            self.elastic_sleep.cache = cache
         keep(self.vllm_config.instance_id, cache)
         log.info(
             "KV cache of %d blocks on %r: %d chunks of %d MiB, %s",
@@ -77,6 +96,13 @@ class Elastic(Base):
         if self.elastic_cache is not None:
             self.elastic_cache.on_enqueued()
         return output
+
+    def shutdown(self) -> None:
+        """As vLLM's."""
+        super().shutdown()
+        if self.elastic_sleep is not None:
+            with suppress(InUseError):  # somebody has the model; then its memory goes with the tensors
+                self.elastic_sleep.weights.close()
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
         """The layouts that the attention backends take, those first whose blocks lie whole."""

@@ -171,6 +171,91 @@ def limited(llm: Any, cache: Any) -> None:
     fact("came in the end", came)
 
 
+def ended(llm: Any) -> None:
+    """The engine is shut down, its process lives on, and somebody still has a view of its cache."""
+    from torch_elastic_mem.integrations.vllm.cache import find
+
+    core = llm.llm_engine.engine_core.engine_core
+    cache = core.scheduler.elastic._cache
+    first = tokens(llm, 1, 4)
+    fact("held before", cache.account.held)
+    llm.llm_engine.engine_core.shutdown()
+    fact("held after", cache.account.held)
+    fact("found", find(core.vllm_config.instance_id) is not None)
+    with tempfile.TemporaryDirectory() as folder:
+        again = engine(Path(folder), "tiny")
+        scheduler = again.llm_engine.engine_core.engine_core.scheduler
+        fact("accounts", [cache.account.name, scheduler.elastic._cache.account.name])
+        fact("tokens", [first, tokens(again, 1, 4)])
+        again.llm_engine.engine_core.shutdown()
+    # One that lives as long as the process.
+    sys.view = cache._parts[0][0].tensors[0][:1]  # type: ignore[attr-defined]
+
+
+def sleeping(llm: Any) -> None:
+    """Both levels, partial wakes, and somebody who has the memory when it is to wake up."""
+    import torch_elastic_mem as tem
+    from torch_elastic_mem.integrations.vllm import sleep as module
+
+    core = llm.llm_engine.engine_core.engine_core
+    worker, scheduler = core.model_executor.driver_worker.worker, core.scheduler
+    arena, account, weights = worker.elastic_arena, worker.elastic_account, worker.elastic_sleep.weights
+    addresses = [each.data_ptr() for each in worker.model_runner.get_model().parameters()]
+    told: dict[str, Any] = {"tokens": [tokens(llm, 1, 8)], "weights": weights.bytes}
+    told["model"] = sum(each.nbytes for each in worker.model_runner.get_model().parameters())
+    # The host backend takes what is taken of it.
+    arena.set_capacity(account.held + 32 * MiB)
+    llm.sleep(level=1)
+    told["asleep"] = account.held
+    with arena.account("neighbour", tem.PriorityClass("pressing", 10**6)) as other:
+        memory = other.range(arena.capacity)
+        memory.grow(arena.capacity, timeout=1.0)
+        told["demands of a sleeper"] = [each.given for each in arena.yields() if each.victim == "vllm"]
+        module.WAKE = 0.05
+        try:
+            llm.wake_up()
+        except tem.OutOfMemory as error:
+            told["refusal"] = str(error)
+        told["after a refusal"] = [account.held, llm.llm_engine.is_sleeping()]
+        memory.close()
+        arena.collect()
+    core.resume_scheduler()
+    told["resumed while asleep"] = scheduler.pause_state.name
+    llm.wake_up(tags=["weights"])
+    told["with weights"] = [account.held, llm.llm_engine.is_sleeping()]
+    llm.wake_up(tags=["kv_cache"])
+    told["with all"] = [account.held, llm.llm_engine.is_sleeping()]
+    told["chunk"] = worker.elastic_cache.chunk_bytes
+    told["tokens"].append(tokens(llm, 1, 8))
+
+    if hasattr(llm, "release_kv_cache_memory"):
+        llm.llm_engine.step()  # tells the worker which requests have ended
+        llm.sleep(level=0)
+        llm.release_kv_cache_memory()
+        told["without its cache"] = [account.held, llm.llm_engine.is_sleeping()]
+        llm.wake_up(tags=["kv_cache"])
+        told["tokens"].append(tokens(llm, 1, 8))
+
+    state = {name: each.clone() for name, each in worker.model_runner.get_model().named_parameters()}
+    buffers = {name: each.clone() for name, each in worker.model_runner.get_model().named_buffers()}
+    llm.sleep(level=2)
+    told["asleep at level 2"] = [account.held, len(weights._saved)]
+    llm.wake_up(tags=["kv_cache"])
+    llm.wake_up(tags=["weights"])
+    for name, each in worker.model_runner.get_model().named_parameters():
+        each.data.copy_(state[name])
+    told["buffers"] = all(
+        buffers[name].equal(each) for name, each in worker.model_runner.get_model().named_buffers()
+    )
+    told["tokens"].append(tokens(llm, 1, 8))
+    told["addresses stay"] = addresses == [
+        each.data_ptr() for each in worker.model_runner.get_model().parameters()
+    ]
+    for name, value in told.items():
+        fact(name, value)
+    llm.llm_engine.engine_core.shutdown()
+
+
 def apart(llm: Any) -> None:
     """The engine in a process of its own; a line on stdin says when to go on."""
     fact("tokens", [tokens(llm, 1), None])
@@ -179,13 +264,74 @@ def apart(llm: Any) -> None:
     llm.llm_engine.engine_core.shutdown()
 
 
+def sleeping_amid(llm: Any) -> None:
+    """Requests run when it falls asleep, and others come while it sleeps."""
+    core = llm.llm_engine.engine_core.engine_core
+    account = core.model_executor.driver_worker.worker.elastic_account
+    alone = tokens(llm, 1, 4)
+    llm.reset_prefix_cache()
+    for number, prompt in enumerate(prompts(1, 4)):
+        llm.llm_engine.add_request(str(number), prompt, sampling(48))
+    for _ in range(10):
+        llm.llm_engine.step()
+    llm.sleep(level=1, mode="keep")
+    llm.llm_engine.add_request("late", prompts(2, 1)[0], sampling(8))
+    for _ in range(5):
+        llm.llm_engine.step()
+    fact("asleep", account.held)
+    llm.wake_up()
+    came: dict[str, list[int]] = {}
+    while llm.llm_engine.has_unfinished_requests():
+        for each in llm.llm_engine.step():
+            if each.finished:
+                came[each.request_id] = list(each.outputs[0].token_ids)
+    fact("late", len(came.pop("late")))
+    fact("tokens", [alone, [came[name] for name in sorted(came)]])
+    llm.llm_engine.engine_core.shutdown()
+
+
+def sleeping_apart(llm: Any) -> None:
+    """The same where the engine's core is a process of its own; lines on stdin say when to go on."""
+    first = tokens(llm, 1, 8)
+    fact("awake", None)
+    sys.stdin.readline()
+    llm.sleep(level=1)
+    fact("asleep", None)
+    sys.stdin.readline()
+    try:
+        llm.wake_up()
+        fact("refused", None)
+    except Exception as error:  # noqa: BLE001  (as vLLM passes it on)
+        fact("refused", str(error))
+    fact("still asleep", llm.llm_engine.is_sleeping())
+    sys.stdin.readline()
+    llm.wake_up()
+    fact("tokens", [first, tokens(llm, 1, 8)])
+    llm.llm_engine.engine_core.shutdown()
+
+
+def may_sleep() -> bool:
+    """Has vLLM take `enable_sleep_mode` on the CPU, where it has no allocator of its own for it."""
+    from vllm import _custom_ops
+    from vllm.platforms.cpu import CpuPlatform
+
+    CpuPlatform.is_sleep_mode_available = lambda _: True  # type: ignore[method-assign]
+    # Its copies of weights lie outside of torch, and what points to them does not outlive level 2.
+    _custom_ops._supports_onednn = False
+    return True
+
+
 def main() -> None:
     scenario, shape = sys.argv[1:]
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if scenario == "apart" else "0"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if scenario.endswith("apart") else "0"
     os.environ["TEM_ENABLE"] = "0" if scenario == "plain" else "1"
     os.dup2(2, 1)
     with tempfile.TemporaryDirectory() as folder:
-        llm = engine(Path(folder), shape, async_scheduling=True if scenario == "squeezed" else None)
+        asynchronous = scenario in ("squeezed", "sleeping_amid")
+        more: dict[str, Any] = {"async_scheduling": True} if asynchronous else {}
+        if scenario.startswith("sleeping"):
+            more["enable_sleep_mode"] = may_sleep()
+        llm = engine(Path(folder), shape, **more)
         globals()[scenario](llm)
 
 

@@ -171,23 +171,29 @@ def test_a_full_engine_is_in_use_by_what_requests_hold(full: Engine) -> None:
     assert full.controller.usage() == 11 / 31
 
 
-def test_closing_frees_demands_that_wait(full: Engine) -> None:
+def test_a_demand_that_waits_is_met_by_closing(full: Engine) -> None:
     full.scheduled()
     demand = Demand(full, CHUNK)
     assert demand.waits()
     full.controller.close()
-    assert demand.ended() is False
+    assert demand.ended() is True
     assert full.demands() == []
 
 
-def test_who_has_closed_is_not_asked_and_grows_no_more(full: Engine) -> None:
+def test_who_has_closed_has_given_everything_back_and_grows_no_more(full: Engine) -> None:
+    full.hold(3, 4)
     threads = threading.active_count()
     full.controller.close()
     assert threading.active_count() == threads - 1
-    with pytest.raises(tem.OutOfMemory):
-        full.pressing.grow(CHUNK, timeout=LONG)
-    assert (full.balloon.parked, full.cache.resident_bytes) == (0, BLOCKS * MiB)
+    assert full.cache.resident_bytes == full.cache.account.held == 0
+    full.pressing.grow(BLOCKS * MiB, timeout=LONG)
     full.controller.close()
+
+
+def test_what_was_to_come_when_it_closed_is_given_back_too(small: Engine) -> None:
+    small.step(needed=1, ahead=9)
+    small.controller.close()
+    assert small.cache.account.held == 0
 
 
 class Odd:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +11,8 @@ import pytest
 
 import torch_elastic_mem as tem
 from tests.broker.service import Service
-from tests.programs import end, start
+from tests.programs import start
+from tests.vllm.facts import Apart, facts, read
 from torch_elastic_mem.broker.control import ControlClient
 
 pytest.importorskip("vllm")
@@ -21,17 +20,6 @@ pytestmark = pytest.mark.timeout(400)
 
 MiB = 1 << 20
 LONG = 120.0
-
-
-def read(line: str) -> tuple[str, Any]:
-    told = json.loads(line)
-    return told["fact"], told["value"]
-
-
-def facts(scenario: str, shape: str = "tiny") -> dict[str, Any]:
-    done = end(start("-m", "tests.vllm.engine", scenario, shape, TEM_BROKER="0"), timeout=300)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return dict(map(read, done.stdout.splitlines()))
 
 
 @pytest.fixture(scope="module")
@@ -92,31 +80,6 @@ def test_under_a_limit_below_one_request_requests_wait_and_none_fails(squeezed: 
     assert squeezed["came in the end"] == 16
 
 
-class Apart:
-    """An engine whose core is a process of its own, under a broker."""
-
-    def __init__(self, service: Service) -> None:
-        self.service = service
-        self.program = start("-m", "tests.vllm.engine", "apart", "tiny", TEM_BROKER=str(service.path))
-
-    def fact(self) -> Any:
-        assert self.program.stdout is not None
-        line = self.program.stdout.readline()
-        assert line, self.program.communicate()[1][-5000:]
-        return read(line)[1]
-
-    def held(self) -> int:
-        with ControlClient(self.service.directory / "control.sock") as control:
-            accounts = [each for device in control.state().devices for each in device.accounts]
-        return sum(each.held for each in accounts if each.name == "vllm")
-
-    def comes_down_to(self, most: int) -> bool:
-        deadline = time.monotonic() + 10
-        while self.held() > most and time.monotonic() < deadline:
-            time.sleep(0.02)
-        return self.held() <= most
-
-
 @pytest.fixture
 def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
     # The path of a socket is short.
@@ -151,9 +114,7 @@ def test_an_idle_engine_in_another_process_yields_obeys_and_serves_on(
         control.set_limits("vllm", {"max": 64 * MiB})
     apart.service.stop(9)
     apart.service.start()
-    assert apart.program.stdin is not None
-    apart.program.stdin.write("\n")
-    apart.program.stdin.flush()
+    apart.go_on()
     assert [first, apart.fact()] == plain["tokens"]
     _, err = apart.program.communicate(timeout=LONG)
     assert apart.program.returncode == 0, err[-3000:]
@@ -180,6 +141,13 @@ def test_under_tem_run_it_is_a_tenant_of_the_machines_broker(
         _, err = program.communicate("\n", timeout=LONG)
     assert program.returncode == 0, err[-3000:]
     assert first == plain["tokens"][0]
+
+
+def test_an_engine_that_is_shut_down_leaves_its_process_and_the_next_engine_all_memory() -> None:
+    ended = facts("ended")
+    assert ended["held before"] > 0
+    assert (ended["held after"], ended["found"]) == (0, False)
+    assert ended["tokens"][0] == ended["tokens"][1]
 
 
 def test_an_engine_that_is_killed_leaves_nothing_behind(apart: Apart) -> None:

@@ -34,6 +34,10 @@ def config(worker: str = CPU, *, asynchronous: bool = False) -> Any:
     )
 
 
+def sleeping(backend: str = "cumem", **more: Any) -> Any:
+    return SimpleNamespace(enable_sleep_mode=True, sleep_mode_backend=backend, runner_type="generate", **more)
+
+
 def with_other(path: str, value: object) -> Any:
     made = config()
     *parts, name = path.split(".")
@@ -90,7 +94,8 @@ def test_one_rank_gets_our_worker_beside_our_scheduler(
         ("parallel_config.distributed_executor_backend", "ray", "started by ray"),
         ("parallel_config.distributed_executor_backend", SimpleNamespace, "started by"),
         ("scheduler_config.scheduler_cls", "mine.Scheduler", "a scheduler class of its own, mine.Scheduler"),
-        ("model_config.enable_sleep_mode", True, "sleep mode"),
+        ("model_config", sleeping("mine"), "a backend of its own, mine"),
+        ("model_config", sleeping(sleep_mode_offload_cudagraph=True), "CUDA graphs are not put away"),
         ("model_config.runner_type", "pooling", "pooling"),
         ("kv_transfer_config", SimpleNamespace(kv_connector="mine"), "KV connector"),
     ],
@@ -100,6 +105,13 @@ def test_what_is_not_served_is_left_as_it_is(path: str, value: object, why: str)
     with pytest.raises(Unsupported, match=why):
         plugin.choose_classes(made)
     assert made == before
+
+
+@pytest.mark.parametrize("model", [sleeping(), sleeping(sleep_mode_offload_cudagraph=False)])
+def test_sleep_mode_is_served(model: Any) -> None:
+    made = with_other("model_config", model)
+    plugin.choose_classes(made)
+    assert chosen(made) == (plugin.WORKERS[CPU], SCHEDULERS[0], "uni")
 
 
 @pytest.mark.parametrize("value", [None, "0", "true", ""])
@@ -129,9 +141,9 @@ def test_an_engine_that_is_not_served_is_configured_as_ever_and_a_warning_says_w
     engine_args: list[Any], warnings: list[str]
 ) -> None:
     plugin.register()
-    engine_args.append(with_other("model_config.enable_sleep_mode", True))
-    assert created() == with_other("model_config.enable_sleep_mode", True)
-    assert len(warnings) == 1 and "sleep mode" in warnings[0]
+    engine_args.append(with_other("model_config.runner_type", "pooling"))
+    assert created() == with_other("model_config.runner_type", "pooling")
+    assert len(warnings) == 1 and "pooling" in warnings[0]
 
 
 def test_a_configuration_without_what_is_looked_for_is_left_alone(

@@ -1,0 +1,52 @@
+"""What the program `tests.vllm.engine` tells."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from tests.broker.service import Service
+from tests.programs import end, start
+from torch_elastic_mem.broker.control import ControlClient
+
+
+def read(line: str) -> tuple[str, Any]:
+    told = json.loads(line)
+    return told["fact"], told["value"]
+
+
+def facts(scenario: str, shape: str = "tiny") -> dict[str, Any]:
+    done = end(start("-m", "tests.vllm.engine", scenario, shape, TEM_BROKER="0"), timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return dict(map(read, done.stdout.splitlines()))
+
+
+class Apart:
+    """An engine whose core is a process of its own, under a broker."""
+
+    def __init__(self, service: Service, scenario: str = "apart") -> None:
+        self.service = service
+        self.program = start("-m", "tests.vllm.engine", scenario, "tiny", TEM_BROKER=str(service.path))
+
+    def fact(self) -> Any:
+        assert self.program.stdout is not None
+        line = self.program.stdout.readline()
+        assert line, self.program.communicate()[1][-5000:]
+        return read(line)[1]
+
+    def go_on(self) -> None:
+        assert self.program.stdin is not None
+        self.program.stdin.write("\n")
+        self.program.stdin.flush()
+
+    def held(self) -> int:
+        with ControlClient(self.service.directory / "control.sock") as control:
+            accounts = [each for device in control.state().devices for each in device.accounts]
+        return sum(each.held for each in accounts if each.name == "vllm")
+
+    def comes_down_to(self, most: int) -> bool:
+        deadline = time.monotonic() + 10
+        while self.held() > most and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self.held() <= most

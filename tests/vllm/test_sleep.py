@@ -1,0 +1,310 @@
+"""Sleep and wake-up through the arena: nothing is held, addresses stay, and no wake-up is half of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+
+import torch_elastic_mem as tem
+from tests.broker.service import Service
+from tests.vllm.facts import Apart, facts
+from tests.vllm.pools import cached, leave
+from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Demand, Engine, MiB
+from torch_elastic_mem.extension import torch_extension
+from torch_elastic_mem.integrations.vllm import sleep as module
+from torch_elastic_mem.integrations.vllm.sleep import Sleep
+
+pytestmark = pytest.mark.timeout(400)
+
+
+# The KV cache.
+
+
+def test_all_of_the_cache_goes_the_null_block_too(full: Engine) -> None:
+    leave(full.pool, [9, 30])
+    full.controller.put_away()
+    assert (full.cache.resident_bytes, full.cache.account.held) == (0, 0)
+    assert not cached(full.pool, 9) and not cached(full.pool, 30)
+    assert full.controller.away
+
+
+def test_a_sleeper_has_nothing_that_a_demand_could_wait_for(full: Engine) -> None:
+    full.scheduled()
+    full.controller.put_away()
+    full.pressing.grow(BLOCKS * MiB, timeout=LONG)
+    assert full.preempted_by == []
+
+
+def test_a_sleeper_does_not_grow(small: Engine) -> None:
+    small.controller.put_away()
+    small.step(needed=8, ahead=8)
+    assert small.controller.grower.coming == []
+    assert small.cache.account.held == 0
+
+
+def test_what_was_to_come_goes_too(small: Engine) -> None:
+    small.step(needed=1, ahead=20)
+    small.controller.put_away()
+    assert (small.cache.account.held, small.controller.grower.coming) == (0, [])
+
+
+def test_blocks_in_use_keep_an_engine_awake(full: Engine) -> None:
+    full.hold(7)
+    with pytest.raises(tem.InUseError, match="requests hold 1 of its blocks"):
+        full.controller.put_away()
+    assert (full.controller.away, full.cache.resident_bytes) == (False, BLOCKS * MiB)
+    full.assert_sound()
+
+
+def test_a_demand_that_waits_is_met_by_falling_asleep(full: Engine) -> None:
+    full.scheduled()
+    demand = Demand(full, 4 * CHUNK)
+    assert demand.waits()
+    full.controller.put_away()
+    assert demand.ended() is True
+
+
+def test_it_wakes_with_what_vllm_has_for_itself_and_grows_from_there(full: Engine) -> None:
+    full.controller.put_away()
+    assert full.controller.bytes == CHUNK
+    full.controller.bring_back(LONG)
+    assert not full.controller.away
+    full.assert_sound()
+    assert full.cache.resident_bytes == CHUNK
+    full.step(needed=12, ahead=12)
+    full.assert_sound()
+    assert full.cache.resident_bytes >= 6 * CHUNK
+
+
+def test_one_that_is_closed_while_it_sleeps_has_given_everything_back(full: Engine) -> None:
+    full.controller.put_away()
+    full.controller.close()
+    assert full.cache.account.held == 0
+
+
+# Both together.
+
+
+class Sleeper:
+    """A small engine with weights beside its cache."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.arena = engine, engine.arena
+        self.account = engine.cache.account
+        self.sleep = Sleep(self.arena, self.account)
+        self.sleep.cache = engine.cache
+        with self.sleep.weights.allocations():
+            self.weight = torch.arange(2 * MiB, dtype=torch.int32)
+        self.address = self.weight.data_ptr()
+        self.bytes = self.sleep.weights.bytes
+
+    def whole(self) -> bool:
+        same = torch.equal(self.weight, torch.arange(2 * MiB, dtype=torch.int32))
+        return same and self.weight.data_ptr() == self.address
+
+    def taken(self, left: int) -> None:
+        """A neighbour takes all but so many bytes."""
+        self.engine.pressing.grow(self.arena.capacity - left, timeout=LONG)
+
+
+@pytest.fixture(scope="module")
+def extension() -> None:
+    """What has torch's CPU tensors lie in an arena is built for one torch."""
+    try:
+        torch_extension("_torch")
+    except tem.TemError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture
+def sleeper(extension: None, engines: list[Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Sleeper]:
+    monkeypatch.setattr(module, "WAKE", 0.05)
+    engines.append(Engine(BLOCKS // 2, 32 * MiB))
+    made = Sleeper(engines[-1])
+    yield made
+    made.sleep.weights.bring_back(LONG)
+    del made.weight
+    made.sleep.weights.close()
+
+
+def test_a_sleeping_engine_holds_nothing(sleeper: Sleeper) -> None:
+    sleeper.sleep.suspend(1)
+    assert (sleeper.account.held, sleeper.sleep.state()) == (0, "SUSPENDED")
+    sleeper.sleep.resume()
+    assert (sleeper.account.held, sleeper.sleep.state()) == (sleeper.bytes + CHUNK, "RUNNING")
+    assert sleeper.whole()
+
+
+def test_level_2_keeps_no_bytes(sleeper: Sleeper) -> None:
+    sleeper.sleep.suspend(2)
+    assert sleeper.sleep.weights._saved == []
+    sleeper.sleep.resume()
+    assert sleeper.weight.data_ptr() == sleeper.address
+
+
+@pytest.mark.parametrize("order", [["weights", "kv_cache"], ["kv_cache", "weights"]])
+def test_a_partial_wake_brings_back_what_is_named_and_no_more(sleeper: Sleeper, order: list[str]) -> None:
+    sizes = {"weights": sleeper.bytes, "kv_cache": CHUNK}
+    sleeper.sleep.suspend(1)
+    sleeper.sleep.resume(order[:1])
+    assert (sleeper.account.held, sleeper.sleep.state()) == (sizes[order[0]], "SUSPENDED")
+    sleeper.sleep.resume(order[1:])
+    assert (sleeper.account.held, sleeper.sleep.state()) == (sum(sizes.values()), "RUNNING")
+    assert sleeper.whole()
+
+
+@pytest.mark.parametrize("left", [0, CHUNK, 4 * CHUNK])
+def test_a_wake_up_that_cannot_have_all_has_nothing_and_says_who_holds_it(
+    sleeper: Sleeper, left: int
+) -> None:
+    sleeper.sleep.suspend(1)
+    sleeper.taken(left)
+    with pytest.raises(tem.OutOfMemory, match=r"sleeps on: .*pressing holds"):
+        sleeper.sleep.resume()
+    assert (sleeper.account.held, sleeper.sleep.state()) == (0, "SUSPENDED")
+    assert sleeper.sleep.weights.away and sleeper.engine.controller.away
+    sleeper.engine.pressing.shrink(sleeper.engine.pressing.mapped)
+    sleeper.sleep.resume()
+    assert sleeper.whole()
+
+
+def test_a_lower_class_yields_for_a_wake_up(sleeper: Sleeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WAKE", LONG)
+    sleeper.sleep.suspend(1)
+    with sleeper.arena.account("training", "training") as trainer:
+        memory = trainer.range(sleeper.arena.capacity, extent=CHUNK)
+        memory.grow(sleeper.arena.capacity)
+        trainer.on_reclaim(lambda nbytes, timeout: memory.shrink(nbytes), "pause")
+        sleeper.sleep.resume()
+        assert sleeper.whole()
+        memory.close()
+
+
+def test_the_cache_alone_may_go(sleeper: Sleeper) -> None:
+    sleeper.sleep.discard(("kv_cache",))
+    assert sleeper.account.held == sleeper.bytes
+    sleeper.sleep.suspend(1)
+    assert sleeper.account.held == 0
+    sleeper.sleep.resume()
+    assert sleeper.whole() and not sleeper.engine.controller.away
+
+
+def test_an_engine_whose_weights_cannot_go_stays_awake(
+    sleeper: Sleeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*, keep: bool) -> None:
+        raise tem.InUseError("a graph is captured")
+
+    monkeypatch.setattr(sleeper.sleep.weights, "put_away", refused)
+    with pytest.raises(tem.InUseError):
+        sleeper.sleep.suspend(1)
+    assert (sleeper.engine.controller.away, sleeper.sleep.state()) == (False, "RUNNING")
+    assert sleeper.whole()
+    sleeper.engine.assert_sound()
+
+
+def test_warm_extents_go_with_the_last_who_is_awake_and_come_back(sleeper: Sleeper) -> None:
+    sleeper.arena.set_reserve(0, 16 * MiB)
+    sleeper.sleep.suspend(1)
+    assert sleeper.arena.snapshot().created == 0
+    sleeper.sleep.resume()
+    assert sleeper.arena.snapshot().reserve_high == 16 * MiB
+
+
+def test_falling_asleep_twice_and_waking_twice_changes_nothing(sleeper: Sleeper) -> None:
+    sleeper.sleep.resume()
+    for _ in range(2):
+        sleeper.sleep.suspend(1)
+    for _ in range(2):
+        sleeper.sleep.resume()
+    assert sleeper.whole()
+
+
+# The real engine.
+
+
+@pytest.fixture(scope="module")
+def sleeping(extension: None) -> dict[str, Any]:
+    return facts("sleeping")
+
+
+def test_an_engine_that_slept_at_either_level_serves_the_same_tokens(sleeping: dict[str, Any]) -> None:
+    first, *others = sleeping["tokens"]
+    assert len(others) >= 2 and all(other == first for other in others)
+    assert sleeping["addresses stay"] and sleeping["buffers"]
+
+
+def test_a_sleeping_engine_costs_nothing_at_either_level(sleeping: dict[str, Any]) -> None:
+    assert sleeping["weights"] >= sleeping["model"] > 0
+    assert sleeping["asleep"] == 0
+    assert sleeping["asleep at level 2"] == [0, 0]
+    assert sleeping["demands of a sleeper"] == []
+
+
+def test_an_engine_that_cannot_wake_sleeps_on(sleeping: dict[str, Any]) -> None:
+    assert sleeping["after a refusal"] == [0, True]
+    assert "neighbour holds" in sleeping["refusal"]
+
+
+def test_an_engine_goes_on_when_all_of_it_is_awake_and_not_before(sleeping: dict[str, Any]) -> None:
+    assert sleeping["resumed while asleep"] != "UNPAUSED"
+    assert sleeping["with weights"] == [sleeping["weights"], True]
+    assert sleeping["with all"] == [sleeping["weights"] + sleeping["chunk"], False]
+
+
+def test_the_cache_alone_may_be_released_where_vllm_has_that(sleeping: dict[str, Any]) -> None:
+    if "without its cache" in sleeping:
+        assert sleeping["without its cache"] == [sleeping["weights"], True]
+
+
+def test_requests_that_are_kept_or_come_while_it_sleeps_are_served_when_it_is_awake(extension: None) -> None:
+    amid = facts("sleeping_amid")
+    assert (amid["asleep"], amid["late"]) == (0, 8)
+    alone, kept = amid["tokens"]
+    assert kept == alone
+
+
+@pytest.fixture
+def apart(extension: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
+    # The path of a socket is short.
+    service = Service(tmp_path_factory.mktemp("b")).start()
+    made = Apart(service, "sleeping_apart")
+    try:
+        yield made
+    finally:
+        if made.program.poll() is None:
+            made.program.kill()
+        made.program.communicate()
+        service.close()
+
+
+def test_under_a_broker_a_sleeper_leaves_its_memory_to_others_and_wakes_when_they_let_it(
+    apart: Apart,
+) -> None:
+    apart.fact()
+    assert apart.held() > 0
+    apart.go_on()
+    apart.fact()
+    assert apart.comes_down_to(0)
+    with (
+        tem.Arena("host", capacity=100 * MiB, broker=str(apart.service.path)) as arena,
+        arena.account("other", tem.PriorityClass("pressing", 10**6)) as account,
+    ):
+        memory = account.range(100 * MiB)
+        memory.grow(100 * MiB, timeout=10)
+        apart.go_on()
+        assert "other" in apart.fact()
+        assert apart.fact() is True
+        assert apart.held() == 0
+        memory.close()
+    apart.go_on()
+    first, again = apart.fact()
+    assert first == again
+    _, err = apart.program.communicate(timeout=120)
+    assert apart.program.returncode == 0, err[-3000:]

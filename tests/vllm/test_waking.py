@@ -1,0 +1,64 @@
+"""What vLLM's worker restores after a wake-up, in each kind of release."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.v1.worker.gpu_worker import Worker
+
+from torch_elastic_mem.integrations.vllm import compat
+
+
+class Runner:
+    def post_kv_cache_wake_up(self) -> str:
+        return "restored"
+
+
+def worker(runner: Any) -> Any:
+    return SimpleNamespace(
+        model_runner=runner, _sleep_saved_buffers={"a": 1}, _sleep_rebuild_draft_metadata_buffers=True
+    )
+
+
+def test_buffers_wait_for_the_weights() -> None:
+    made = worker(SimpleNamespace())
+    with compat.waking(made, ["kv_cache"]):
+        assert (made._sleep_saved_buffers, made._sleep_rebuild_draft_metadata_buffers) == ({}, False)
+    assert (made._sleep_saved_buffers, made._sleep_rebuild_draft_metadata_buffers) == ({"a": 1}, True)
+
+
+@pytest.mark.parametrize("tags", [None, ["weights"], ["weights", "kv_cache"]])
+def test_with_the_weights_they_are_restored(tags: list[str] | None) -> None:
+    made = worker(SimpleNamespace())
+    with compat.waking(made, tags):
+        assert made._sleep_saved_buffers == {"a": 1}
+        made._sleep_saved_buffers = {}
+    assert made._sleep_saved_buffers == {}
+
+
+def test_what_was_not_lost_beside_the_cache_is_not_restored() -> None:
+    made = worker(Runner())
+    with compat.waking(made, None):
+        assert made.model_runner.post_kv_cache_wake_up() is None
+    assert made.model_runner.post_kv_cache_wake_up() == "restored"
+
+
+def test_a_refusal_leaves_what_is_to_be_restored() -> None:
+    made = worker(Runner())
+    with pytest.raises(MemoryError), compat.waking(made, ["kv_cache"]):
+        raise MemoryError
+    assert made._sleep_saved_buffers == {"a": 1}
+    assert made.model_runner.post_kv_cache_wake_up() == "restored"
+
+
+def test_this_release_has_what_a_sleep_goes_through() -> None:
+    source = inspect.getsource(Worker)
+    assert "self._sleep_mode_backend is None" in source
+    assert "self._maybe_get_memory_pool_context(" in source
+    assert "_sleep_saved_buffers" in source
