@@ -22,6 +22,7 @@ void bind_arena(py::module_& module);
 void bind_kv(py::module_& module);
 void bind_allocator(py::module_& module);
 void bind_shared(py::module_& module);
+void bind_broker(py::module_& module);
 
 int send_extents(BlockRange& range, int socket, const std::string& message, size_t first, size_t count);
 
