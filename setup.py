@@ -22,7 +22,7 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 
 CSRC = Path("csrc")
-CORE = ("core", "backend", "ledger", "arena", "alloc", "kv", "ipc", "client", "capi", "bindings")
+CORE = ("core", "backend", "ledger", "arena", "alloc", "kv", "ipc", "client", "broker", "capi", "bindings")
 HEADERS = sorted(str(path) for pattern in ("*.hpp", "*.h") for path in CSRC.rglob(pattern))
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion"]
 SANITIZERS = {

@@ -63,8 +63,9 @@ CPP_INCLUDES = {
     "kv": {"core", "backend", "ledger", "arena"},
     "ipc": {"core", "backend", "ledger", "arena", "alloc"},
     "client": {"core", "backend", "ledger", "arena"},
+    "broker": {"core", "ledger", "client"},
     "capi": {"core", "backend", "ledger", "arena", "alloc", "kv", "ipc"},
-    "bindings": {"core", "backend", "ledger", "arena", "alloc", "kv", "ipc", "client", "capi"},
+    "bindings": {"core", "backend", "ledger", "arena", "alloc", "kv", "ipc", "client", "broker", "capi"},
     "torch": {"capi/tem.h", "alloc/malloc.hpp", "core/error.hpp"},
 }
 # Headers from outside, by their first folder or whole name, and the folders that may know them.

@@ -22,6 +22,7 @@ void bind_arena(py::module_& module);
 void bind_kv(py::module_& module);
 void bind_allocator(py::module_& module);
 void bind_shared(py::module_& module);
+void bind_broker(py::module_& module);
 
 /// Error{kInvalid} if there is none of that name.
 Rung rung_from(const std::string& name);

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -32,7 +33,7 @@ void bind_ledger(py::module_& module) {
                        double weight) { return limits_from(value, min, low, high, max, weight); }),
            py::arg("value"), py::arg("min") = 0, py::arg("low") = 0, py::arg("high") = py::none(),
            py::arg("max") = py::none(), py::arg("weight") = 1.0);
-  py::class_<Ledger>(module, "Ledger")
+  py::class_<Ledger, std::shared_ptr<Ledger>>(module, "Ledger")
       .def(py::init<size_t, size_t>(), py::arg("capacity"), py::arg("reserve") = 0)
       .def("open", &Ledger::open, py::arg("name"), py::arg("limits"))
       .def("close", &Ledger::close, py::arg("account"))
@@ -40,6 +41,7 @@ void bind_ledger(py::module_& module) {
       .def("set_capacity", &Ledger::set_capacity, py::arg("capacity"), py::arg("reserve"))
       .def(
           "held", [](const Ledger& self, AccountId id) { return self.at(id).held; }, py::arg("account"))
+      .def("holds_below", &Ledger::holds_below, py::arg("value"))
       .def("room", &Ledger::room, py::arg("account"))
       .def("grant", &Ledger::grant, py::arg("account"), py::arg("bytes"))
       .def("give_back", &Ledger::give_back, py::arg("account"), py::arg("bytes"))

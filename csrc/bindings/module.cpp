@@ -9,4 +9,5 @@ PYBIND11_MODULE(_C, module) {
   tem::bind_kv(module);
   tem::bind_allocator(module);
   tem::bind_shared(module);
+  tem::bind_broker(module);
 }

@@ -16,6 +16,7 @@ namespace tem::client {
 
 constexpr uint16_t kVersion = 1;
 constexpr size_t kLargest = 4096;
+constexpr uint32_t kDearestRung = 4;
 constexpr uint32_t kNoRung = 255;
 constexpr uint32_t kLastAnswer = 1;  // a flag of GAVE
 constexpr uint32_t kPassOn = 1;      // a flag of ASK

@@ -105,6 +105,12 @@ const Holding& Ledger::at(AccountId id) const {
 
 Holding& Ledger::entry(AccountId id) { return const_cast<Holding&>(at(id)); }
 
+bool Ledger::holds_below(int64_t value) const {
+  return std::any_of(accounts_.begin(), accounts_.end(), [value](const auto& each) {
+    return each.second.held != 0 && each.second.limits.value < value;
+  });
+}
+
 size_t Ledger::ahead_of(int64_t value, Ticket ticket) const {
   size_t bytes = 0;
   for (const auto& [other, demand] : queue_) {

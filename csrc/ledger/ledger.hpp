@@ -85,6 +85,9 @@ class Ledger {
   const Holding& at(AccountId id) const;
   const std::map<AccountId, Holding>& accounts() const { return accounts_; }
 
+  /// A class below `value` holds bytes.
+  bool holds_below(int64_t value) const;
+
   /// Bytes that a demand of `id` would be granted now, behind the demands that go before it.
   size_t room(AccountId id) const;
   /// Leases `bytes` to `id` if room() covers them. False leaves everything as it was.

@@ -41,9 +41,9 @@ class Client:
 
 
 class BooksMachine(RuleBasedStateMachine):
-    @initialize(reserve=st.sampled_from([(0, 0), (5, 20)]))
-    def begin(self, reserve: tuple[int, int]) -> None:
-        self.world = World(reserve=reserve)
+    @initialize(reserve=st.sampled_from([(0, 0), (5, 20)]), till=st.booleans())
+    def begin(self, reserve: tuple[int, int], till: bool) -> None:
+        self.world = World(reserve=reserve, till=till)
         self.world.heard = self.read
         self.clients: list[Client] = []
         self.names = 0

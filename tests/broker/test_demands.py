@@ -357,6 +357,15 @@ def test_a_group_of_another_user_is_another_group() -> None:
     assert isinstance(first.player.answer(one), Denied) and isinstance(second.player.answer(two), Denied)
 
 
+def test_a_round_that_has_all_its_members_takes_no_more() -> None:
+    world = World()
+    training, serving = two(world)
+    training.get(100)
+    serving.demand(10, group="g", members=1)
+    denied = serving.denied(serving.demand(0, group="g", members=1))
+    assert "has its 1 members in round 0" in denied.reason
+
+
 def test_a_member_that_dies_undoes_the_group() -> None:
     world = World()
     first, second = world.player(device="GPU-1").open("a"), world.player(device="GPU-2").open("b")

@@ -42,7 +42,11 @@ class View:
 
 
 class World:
-    def __init__(self, capacity: int = 100, reserve: tuple[int, int] = (0, 0), **more: Any) -> None:
+    """With `till`, what needs no decision is answered at the till, as the server's teller does."""
+
+    def __init__(
+        self, capacity: int = 100, reserve: tuple[int, int] = (0, 0), till: bool = False, **more: Any
+    ) -> None:
         self.now = 1000.0
         self.view = View()
         grace = more.pop("grace", 0.0)
@@ -50,10 +54,18 @@ class World:
             name: {"capacity": capacity, "reserve": list(reserve)} for name in (HOST, "GPU-1", "GPU-2")
         }
         self.config = {"device": devices, **more}
-        self.broker = Broker(parse(self.config), self.view, grace, 500, lambda: self.now)
+        self._broker = Broker(parse(self.config), self.view, grace, 500, lambda: self.now)
+        self.till = till
+        self.at_the_till = 0
         self.players: dict[Session, Player] = {}
         self.pids = 0
         self.heard: Callable[[], None] = lambda: None
+
+    @property
+    def broker(self) -> Broker:
+        """Whoever touches it begins a turn."""
+        self._broker.tills.write(self._broker.tills.notes())
+        return self._broker
 
     def player(self, process: Process | None = None, device: str = HOST, uid: int = 0) -> Player:
         if process is None:
@@ -62,11 +74,38 @@ class World:
         return Player(self, process, device)
 
     def deliver(self) -> None:
-        for session, number, message in self.broker.post:
+        """Ends a turn."""
+        for session, number, message in self._broker.post:
             if session in self.players:
                 self.players[session].inbox.append((number, message))
-        self.broker.post.clear()
+        self._broker.post.clear()
+        if self.till:
+            self._broker.tills.open()
         self.heard()
+
+    def receive(self, player: Player, number: int, message: Message) -> None:
+        if self.till and self.ask_the_till(player, number, message):
+            self.at_the_till += 1
+            self.heard()
+        else:
+            self.broker.receive(player.session, number, message)
+            self.deliver()
+
+    def ask_the_till(self, player: Player, number: int, message: Message) -> bool:
+        till = self._broker.books[player.device].accounts.till
+        session = player.session.number
+        match message:
+            case Demand(account=account, group=""):
+                now = int(self.now * 1e9) + self.at_the_till
+                bytes = till.grant(session, account, message.bytes, message.want, now)
+                if bytes is not None:
+                    player.inbox.append((number, Grant(account, bytes)))
+                return bytes is not None
+            case Return(account=account):
+                return till.take_back(session, account, message.bytes)
+            case Report(account=account):
+                return till.report(session, account, message.rungs, message.held, message.idle)
+        return False
 
     def wait(self, seconds: float) -> None:
         """Lets time pass, and the broker do what is due on the way."""
@@ -121,8 +160,7 @@ class Player:
         if number is None:
             self.numbers += 1
             number = self.numbers
-        self.world.broker.receive(self.session, number, message)
-        self.world.deliver()
+        self.world.receive(self, number, message)
         return number
 
     def take(self, kind: type[Message]) -> list[Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from torch_elastic_mem import _C
 from torch_elastic_mem.broker.heir import Heir
 from torch_elastic_mem.broker.holder import Holder
@@ -21,11 +19,10 @@ class Accounts:
 
     def __init__(self, capacity: int, reserve_low: int, reserve_high: int) -> None:
         self.ledger = _C.Ledger(capacity, reserve_low)
+        self.till = _C.Till(self.ledger)
         self.reserve_low = reserve_low
         self.reserve_high = reserve_high
         self.holders: dict[int, Holder] = {}
-        # Accounts that hold memory, counted by the value of their class.
-        self._holding: Counter[int] = Counter()
         # By the number of the account whose bytes they take over.
         self.heirs: dict[int, Heir] = {}
 
@@ -61,12 +58,14 @@ class Accounts:
             )
         )
         number = self.ledger.open(unique, for_ledger(forced[1]))
-        holder = Holder(number, name, session, priority, wanted, *forced, ledger_name=unique)
+        holder = Holder(self.ledger, number, name, session, priority, wanted, *forced, ledger_name=unique)
         self.holders[number] = holder
+        self._seat(holder)
         return holder
 
     def close(self, holder: Holder) -> None:
         """Closes an account that holds nothing; see `discharge`."""
+        self.till.dismiss(holder.id)
         self.ledger.close(holder.id)
         del self.holders[holder.id]
 
@@ -77,12 +76,7 @@ class Accounts:
             InvalidArgument, AdmissionError: as for `open`. Nothing was changed.
         """
         self.ledger.set_limits(holder.id, for_ledger(limits))
-        moved = limits.value != holder.limits.value and holder.lease
-        if moved:
-            self._count(holder, -1)
         holder.priority, holder.limits = priority, limits
-        if moved:
-            self._count(holder, 1)
 
     def set_capacity(self, capacity: int) -> None:
         """Follows the device. What has been promised by `min` stays promised."""
@@ -93,21 +87,11 @@ class Accounts:
 
     def lease(self, holder: Holder, bytes: int) -> bool:
         """Grants if there is room, behind the queue."""
-        if not self.ledger.grant(holder.id, bytes):
-            return False
-        self.add(holder, bytes)
-        return True
-
-    def add(self, holder: Holder, bytes: int) -> None:
-        """Notes what the ledger has granted or taken back."""
-        before, holder.lease = holder.lease, holder.lease + bytes
-        if bool(before) != bool(holder.lease):
-            self._count(holder, 1 if holder.lease else -1)
+        return self.ledger.grant(holder.id, bytes)
 
     def charge(self, holder: Holder, bytes: int) -> None:
         """Grants what is held already."""
         self.ledger.charge(holder.id, bytes)
-        self.add(holder, bytes)
 
     def discharge(self, holder: Holder, bytes: int) -> None:
         """Takes lease back. What is shared passes to the share's own account.
@@ -116,7 +100,6 @@ class Accounts:
             InvalidArgument: it is more than the account's.
         """
         self.ledger.give_back(holder.id, bytes)
-        self.add(holder, -bytes)
         if heir := self.heirs.get(holder.id):
             self.charge(heir, heir.inherits(holder.lease))
 
@@ -127,8 +110,7 @@ class Accounts:
         """
         if not self.above_low or holder.lease + bytes <= holder.limits.min:
             return 0
-        above = any(value < holder.limits.value for value in self._holding)
-        return 0 if above else self.above_low
+        return 0 if self.ledger.holds_below(holder.limits.value) else self.above_low
 
     def own_room(self, holder: Holder) -> int:
         """Bytes below the account's `max`."""
@@ -149,6 +131,7 @@ class Accounts:
         self.discharge(holder, holder.lease - lease)
         holder.session, holder.connected = session, True
         holder.held = holder.idle = holder.rungs = 0
+        self._seat(holder)
 
     def open_anyway(
         self, session: Session, name: str, priority: str, wanted: Limits, forced: tuple[str, Limits]
@@ -159,8 +142,18 @@ class Accounts:
         except AdmissionError:
             return self.open(session, name, priority, wanted, (forced[0], forced[1]._replace(min=0)))
 
-    def _count(self, holder: Holder, change: int) -> None:
-        value = holder.limits.value
-        self._holding[value] += change
-        if not self._holding[value]:
-            del self._holding[value]
+    def set_heir(self, number: int, heir: Heir | None) -> None:
+        """What an account returns passes to an heir from now on; or no longer."""
+        if heir is None:
+            del self.heirs[number]
+        else:
+            self.heirs[number] = heir
+        if (holder := self.holders.get(number)) is not None:
+            self._seat(holder)
+
+    def _seat(self, holder: Holder) -> None:
+        """Has the till serve an account that can be spoken to and has no heir."""
+        if holder.connected and holder.id not in self.heirs:
+            self.till.admit(holder.id, holder.session.number, holder.session.granularity)
+        else:
+            self.till.dismiss(holder.id)

@@ -167,6 +167,11 @@ class Asks:
                 holder.session.process.debts -= 1
             del self._asked[asked.number]
 
+    @property
+    def late(self) -> bool:
+        """There is a debtor."""
+        return any(asked.late for asked in self._asked.values())
+
     def owed(self, holder: Holder) -> int:
         """Bytes that the account should have answered for by now."""
         return sum(

@@ -55,6 +55,7 @@ class Books:
     Attributes:
         rules: the operator's limits; the broker's own list, which it may change.
         grace: in which nothing is granted.
+        accounts, shares, asks, demands: of the device; they change by methods of the books.
     """
 
     def __init__(
@@ -75,16 +76,23 @@ class Books:
         self._post = post
         self._journal = journal
         self._pressure = Pressure()
-        self._asks = Asks(device.uuid, post, journal)
+        self.asks = Asks(device.uuid, post, journal)
         self._queue = Queue(self.accounts, self._pressure)
-        self._reclaim = Reclaim(self.accounts, self._queue, self._asks)
-        self._demands = Demands(device, self.accounts, self._queue, self._asks, groups, post, journal, grace)
+        self._reclaim = Reclaim(self.accounts, self._queue, self.asks)
+        self.demands = Demands(device, self.accounts, self._queue, self.asks, groups, post, journal, grace)
         self._dying: list[tuple[Holder, float]] = []
 
     @property
     def stale(self) -> bool:
         """Another device's group has changed them, and `settle` is due."""
-        return self._demands.stale
+        return self.demands.stale
+
+    @property
+    def calm(self) -> bool:
+        """Nobody waits for memory, none is on its way, and none is missing: `settle` has nothing to do."""
+        ledger = self.accounts.ledger
+        missing = ledger.overdrawn or ledger.free < self.accounts.above_low
+        return not (missing or self._queue or self.asks or self._dying or self._reclaim.busy)
 
     # What processes say.
 
@@ -176,13 +184,13 @@ class Books:
         Raises:
             ProtocolError: it cannot be one.
         """
-        self._demands.demand(self._of(session, message.account), request, message, now)
+        self.demands.demand(self._of(session, message.account), request, message, now)
         if self.stale or self.accounts.above_low:
             self.settle(now)
 
     def withdraw(self, session: Session, request: int, now: float) -> None:
         """Denies a demand that its process does not want any more."""
-        self._demands.withdraw(session, request, now)
+        self.demands.withdraw(session, request, now)
         self.settle(now)
 
     def give_back(self, session: Session, message: Return, now: float) -> None:
@@ -193,7 +201,7 @@ class Books:
         """
         holder = self._of(session, message.account)
         self._discharge(holder, message.bytes)
-        self._asks.returned(holder, message.bytes, now)
+        self.asks.returned(holder, message.bytes, now)
         self.settle(now)
 
     def gave(self, session: Session, request: int, message: Gave, now: float) -> None:
@@ -205,7 +213,7 @@ class Books:
         holder = self._of(session, message.account)
         self._discharge(holder, message.bytes)
         last = bool(message.flags & LAST)
-        self._asks.answer(request, holder, message.bytes, message.coming, last, now)
+        self.asks.answer(request, holder, message.bytes, message.coming, last, now)
         self.settle(now)
 
     def report(self, session: Session, message: Report) -> None:
@@ -282,9 +290,9 @@ class Books:
 
     def wake(self, now: float) -> float:
         """When to call `settle` next; infinity for never."""
-        if not (self._queue or self._asks or self._dying or self._reclaim.busy):
+        if self.calm:
             return math.inf
-        times = [*self._reclaim.times(now), *self._asks.times(now), *(until for _, until in self._dying)]
+        times = [*self._reclaim.times(now), *self.asks.times(now), *(until for _, until in self._dying)]
         for queued in self._queue:
             times.append(queued.deadline)
             if queued.holder.cool > now:
@@ -295,13 +303,13 @@ class Books:
 
     def settle(self, now: float) -> None:
         """Does what is due, and all that can be done now."""
-        self._demands.stale = False
-        if self._asks:
-            self._asks.expire(now)
+        self.demands.stale = False
+        if self.asks:
+            self.asks.expire(now)
         if self._dying:
             self._bury_seen(now)
         if self._queue:
-            self._demands.settle(now)
+            self.demands.settle(now)
         if now >= self.grace.until:
             self._reclaim.pursue(now)
 
@@ -324,7 +332,7 @@ class Books:
             queued=self._queue.bytes,
             pressure=self._pressure.parts(now),
             accounts=[
-                each.state(now, waiting[each.id], self._asks.unanswered(each), self._asks.owed(each))
+                each.state(now, waiting[each.id], self.asks.unanswered(each), self.asks.owed(each))
                 for each in holders
             ],
             shared=self.shares.states(),
@@ -340,14 +348,15 @@ class Books:
             return False
         moved = forced[1].value != holder.limits.value
         self.accounts.set_limits(holder, *forced)
-        self._demands.limit(holder, moved, now)
+        self.demands.limit(holder, moved, now)
         self._note("limit", holder, now)
         return True
 
     def _drop(self, holder: Holder, now: float) -> None:
         """Nothing more is exchanged with an account's process."""
-        self._asks.forget(holder)
-        self._demands.drop(holder, now)
+        self.accounts.till.dismiss(holder.id)
+        self.asks.forget(holder)
+        self.demands.drop(holder, now)
 
     def _end(self, holder: Holder, kind: str, now: float) -> None:
         """Closes an account. What it held is free."""

@@ -6,7 +6,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -40,6 +40,7 @@ from torch_elastic_mem.broker.protocol import (
 from torch_elastic_mem.broker.rules import kind_of, limits_rule
 from torch_elastic_mem.broker.session import Letter, Process, Session
 from torch_elastic_mem.broker.state import Event, MachineState
+from torch_elastic_mem.broker.tills import Tills
 from torch_elastic_mem.errors import InvalidArgument, TemError
 from torch_elastic_mem.priority import HIGHEST_VALUE, LOWEST_VALUE
 from torch_elastic_mem.priority import priority as priority_class
@@ -51,7 +52,8 @@ class Broker:
 
     It does no I/O: what is to be sent is in `post` after each call, and `wake` says when to call `tick`.
 
-    Not thread-safe: everything is called from the broker's loop, and returns at once but for `reclaim`.
+    Not thread-safe: everything is called from the broker's loop, and returns at once. Between two calls
+    its tills grant what needs no decision.
 
     Args:
         config: what the operator wants.
@@ -64,6 +66,7 @@ class Broker:
 
     Attributes:
         post: messages to send, in order; the server empties it.
+        books: of every device, by UUID. tills: what is granted between two calls.
     """
 
     def __init__(
@@ -86,16 +89,12 @@ class Broker:
         self._groups = Groups()
         self._set: list[LimitsConfig] = []
         self._rules: list[LimitsConfig] = list(self._config.limits)
-        self._books: dict[str, Books] = {}
+        self.books: dict[str, Books] = {}
         self._sessions: dict[Session, Books] = {}
-        self._waiters: list[tuple[Callable[[float], bool], asyncio.Future[None]]] = []
+        self.tills = Tills(self.books, self._grace, clock)
+        self._waiters: list[tuple[Callable[[float], bool], asyncio.Event]] = []
         if HOST in self._config.device:
             self._books_of(Hello(HOST, "host", HOST, "", 0, 1))
-
-    @property
-    def books(self) -> Mapping[str, Books]:
-        """The books of every device, by UUID."""
-        return self._books
 
     # The operators' side.
 
@@ -111,7 +110,7 @@ class Broker:
             grants=self.journal.grants,
             denials=self.journal.denials,
             asks=self.journal.asks,
-            devices=[books.state(now) for books in self._books.values()],
+            devices=[books.state(now) for books in self.books.values()],
         )
 
     def events(self, since: int) -> list[Event]:
@@ -152,8 +151,8 @@ class Broker:
             return self._add_rule(LimitsConfig(name, priority=known.name, value=known.value))
         return self._add_rule(LimitsConfig(name, priority=str(priority), value=priority))
 
-    async def reclaim(self, name: str, bytes: int, timeout: float) -> int:
-        """Asks accounts for memory, up every rung that they have, and waits until they have answered.
+    def reclaim(self, name: str, bytes: int, timeout: float) -> Awaitable[int]:
+        """Asks accounts for memory, up every rung that they have; then one can wait until they have answered.
 
         Args:
             name: as in `set_limits`.
@@ -182,12 +181,15 @@ class Broker:
             settled = [books.settled(need, now) for books, need in needs]
             return all(settled)
 
-        if not finished(now):
-            answered = asyncio.get_running_loop().create_future()
-            self._waiters.append((finished, answered))
-            self._turn(now)
-            await answered
-        return sum(need.gained for _, need in needs)
+        answered = asyncio.Event()
+
+        async def gained() -> int:
+            await answered.wait()
+            return sum(need.gained for _, need in needs)
+
+        self._waiters.append((finished, answered))
+        self._turn(now)
+        return gained()
 
     def configure(self, config: Config) -> None:
         """Takes another configuration. Rights count for what is asked from now on.
@@ -197,12 +199,12 @@ class Broker:
         """
         now = self.clock()
         self._config = config
-        for books in self._books.values():
+        for books in self.books.values():
             found = config.device_of(*books.device.names)
             limit = found.capacity_of(books.device.uuid, books.device.total)
             books.follow(limit, found.reserve_of(books.device.backend, limit), now)
         self._rules[:] = [*config.limits, *self._set]
-        for books in self._books.values():
+        for books in self.books.values():
             books.enforce(now)
         self._turn(now)
 
@@ -284,7 +286,7 @@ class Broker:
     def bury(self, process: Process) -> None:
         """The process is gone, and its connections have been lost."""
         now = self.clock()
-        for books in self._books.values():
+        for books in self.books.values():
             books.bury(process, now)
         self._turn(now)
 
@@ -292,7 +294,7 @@ class Broker:
         """The process has accounts."""
         return any(
             holder.session.process is process
-            for books in self._books.values()
+            for books in self.books.values()
             for holder in books.accounts.holders.values()
         )
 
@@ -300,42 +302,40 @@ class Broker:
 
     def visible(self) -> list[str]:
         """The devices that something can be seen of."""
-        return [uuid for uuid, books in self._books.items() if books.device.used is not None]
+        return [uuid for uuid, books in self.books.items() if books.device.used is not None]
 
     def look(self, readings: dict[str, Reading]) -> None:
         """Takes in what devices show, by UUID."""
         now = self.clock()
         for uuid, reading in readings.items():
-            self._books[uuid].look(reading, now)
+            self.books[uuid].look(reading, now)
         self._turn(now)
 
     def wake(self) -> float:
         """When to call `tick` next, in seconds of the clock; infinity for never."""
         now = self.clock()
-        return min((books.wake(now) for books in self._books.values()), default=math.inf)
+        return min((books.wake(now) for books in self.books.values()), default=math.inf)
 
     def tick(self) -> None:
         """Does what is due."""
         now = self.clock()
-        for books in self._books.values():
+        for books in self.books.values():
             books.settle(now)
         self._turn(now)
 
     def _turn(self, now: float) -> None:
         """What one device's books have changed for another's, and who waits for it all."""
-        while any(books.stale for books in self._books.values()):
-            for books in self._books.values():
+        while any(books.stale for books in self.books.values()):
+            for books in self.books.values():
                 if books.stale:
                     books.settle(now)
-        for waiter in list(self._waiters) if self._waiters else ():
-            finished, answered = waiter
-            if answered.done() or finished(now):
-                self._waiters.remove(waiter)
-                if not answered.done():
-                    answered.set_result(None)
+        for finished, answered in self._waiters[:]:
+            if finished(now):
+                self._waiters.remove((finished, answered))
+                answered.set()
 
     def _books_of(self, message: Hello) -> Books:
-        found = self._books.get(message.device)
+        found = self.books.get(message.device)
         if found is not None:
             return found
         reading = self._view.read(message.device)
@@ -349,7 +349,7 @@ class Broker:
         books = Books(device, reserve, self.post, self.journal, self._groups, self._rules, self._grace)
         if reading is not None:
             books.look(reading, self.clock())
-        self._books[message.device] = books
+        self.books[message.device] = books
         return books
 
     def _called(self, device: str | None, name: str) -> list[tuple[Books, list[Holder]]]:
@@ -358,9 +358,9 @@ class Broker:
         Raises:
             InvalidArgument: there are none.
         """
-        where = [books for books in self._books.values() if device is None or device in books.device.names]
+        where = [books for books in self.books.values() if device is None or device in books.device.names]
         if not where and device is not None:
-            known = ", ".join(books.device.uuid for books in self._books.values()) or "none"
+            known = ", ".join(books.device.uuid for books in self.books.values()) or "none"
             raise InvalidArgument(f"no device '{device}'; there are {known}")
         found = [
             (books, holders)

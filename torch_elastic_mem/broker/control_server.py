@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,7 @@ from torch_elastic_mem.broker.state import Event, MachineState
 from torch_elastic_mem.errors import BrokerError, InvalidArgument, TemError
 
 if TYPE_CHECKING:
+    from torch_elastic_mem.broker.broker import Broker
     from torch_elastic_mem.broker.daemon import Running
 
 # Each connection costs the broker a descriptor, of which tenants need the most.
@@ -52,35 +54,37 @@ class Controlled(Protocol):
 
 
 class Operated:
-    """A broker as operators change it: what it then has to say to tenants goes out at once."""
+    """A broker that operators look at and change, each time in a turn of its own."""
 
-    def __init__(self, broker: Controlled, flush: Callable[[], None]) -> None:
-        self.state = broker.state
-        self.events = broker.events
+    def __init__(self, broker: Broker, turn: Callable[[], AbstractContextManager[None]]) -> None:
         self._broker = broker
-        self._flush = flush
+        self._turn = turn
+
+    def state(self) -> MachineState:
+        """As the broker's."""
+        with self._turn():
+            return self._broker.state()
+
+    def events(self, since: int) -> list[Event]:
+        """As the broker's."""
+        with self._turn():
+            return self._broker.events(since)
 
     def set_limits(self, device: str | None, name: str, **limits: Any) -> int:
         """As the broker's."""
-        try:
+        with self._turn():
             return self._broker.set_limits(device, name, **limits)
-        finally:
-            self._flush()
 
     def set_priority(self, name: str, priority: str) -> int:
         """As the broker's."""
-        try:
+        with self._turn():
             return self._broker.set_priority(name, priority)
-        finally:
-            self._flush()
 
     async def reclaim(self, name: str, count: int, timeout: float) -> int:
         """As the broker's; it goes on to its end if who asked goes away."""
-        asked = asyncio.ensure_future(self._broker.reclaim(name, count, timeout))
-        # So that it begins, and its asks are there to be sent.
-        await asyncio.sleep(0)
-        self._flush()
-        return await asyncio.shield(asked)
+        with self._turn():
+            coming = self._broker.reclaim(name, count, timeout)
+        return await coming
 
 
 @contextlib.asynccontextmanager
@@ -89,7 +93,7 @@ async def control(running: Running) -> AsyncIterator[ControlServer]:
     given = running.sockets.pop("control", None)
     path = running.paths.control
     listener = given or listen(path, running.config.group is not None)
-    server = await ControlServer.start(Operated(running.broker, running.server.flush), listener)
+    server = await ControlServer.start(Operated(running.broker, running.server.turn), listener)
     try:
         yield server
     finally:

@@ -198,8 +198,9 @@ async def _look(running: Running, view: DeviceView) -> AsyncIterator[None]:
 
     while True:
         if uuids := running.broker.visible():
-            running.broker.look(await loop.run_in_executor(None, read, uuids))
-            running.server.flush()
+            readings = await loop.run_in_executor(None, read, uuids)
+            with running.server.turn():
+                running.broker.look(readings)
         await asyncio.sleep(LOOK_EVERY)
         yield
 
@@ -209,8 +210,8 @@ async def _await_tenants(running: Running, awaited: set[Key]) -> AsyncIterator[N
     while awaited:
         awaited = {key for key in awaited if lives(key) and not running.server.knows(*key)}
         if not awaited:
-            running.broker.end_grace(SAYING)
-            running.server.flush()
+            with running.server.turn():
+                running.broker.end_grace(SAYING)
         await asyncio.sleep(LOOK_EVERY / 2)
         yield
 
@@ -232,14 +233,14 @@ def _reload(running: Running, read_config: Callable[[], Config], handler: log.Co
     """Takes the configuration anew; one that will not do changes nothing."""
     try:
         config = read_config()
-        running.broker.configure(config)
+        with running.server.turn():
+            running.broker.configure(config)
         running.config = config
         if isinstance(handler, log.CountingFile):
             handler.reopen()
     except (TemError, OSError) as error:
         logger.error("the configuration was not taken: %s", error)
         return
-    running.server.flush()
     logger.info("took the configuration")
 
 

@@ -144,6 +144,12 @@ class Demands:
         self._answer_no(queued, kind, reason, now)
         self.stale = True
 
+    def note(self, holder: Holder, bytes: int, start: float, now: float) -> None:
+        """Writes a grant down."""
+        holder.taken += bytes
+        self._journal.grants += 1
+        self._journal.add("grant", self._device.uuid, holder, start, now, bytes=bytes)
+
     def _serve(self, now: float) -> None:
         if now < self._grace.until:
             return
@@ -157,10 +163,8 @@ class Demands:
         bytes = demand.bytes
         if demand.want > bytes and not demand.group:
             bytes += self._extra(holder, demand.want - bytes)
-        holder.taken += bytes
-        self._journal.grants += 1
         self._post.append((holder.session, request, Grant(holder.id, bytes)))
-        self._journal.add("grant", self._device.uuid, holder, start, now, bytes=bytes)
+        self.note(holder, bytes, start, now)
 
     def _extra(self, holder: Holder, wish: int) -> int:
         """Leases what is free above the upper mark, beyond what a demand needs."""

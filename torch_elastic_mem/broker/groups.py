@@ -55,6 +55,11 @@ class Groups:
                 f"group '{queued.demand.group}' has {group.size} members to one of them, and {size} to this "
                 f"one; say the same"
             )
+        if len(group.members) == size:
+            return (
+                f"group '{queued.demand.group}' has its {size} members in round {queued.demand.round}; take "
+                f"another round"
+            )
         group.members[queued] = keeper
         return None
 

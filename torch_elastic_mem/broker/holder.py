@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from torch_elastic_mem import _C
 from torch_elastic_mem.broker.protocol import UNLIMITED, Limits
 from torch_elastic_mem.broker.session import Session
 from torch_elastic_mem.broker.state import AccountState
@@ -20,15 +21,16 @@ class Holder:
     """An account and its figures. Times are seconds of the monotonic clock, sizes bytes.
 
     Attributes:
-        id: its number in the ledger and on the wire.
+        ledger: who has its figures. id: its number there and on the wire.
         wanted: what its process asked for; `limits` are in force, with what the operator has set.
         ledger_name: what the ledger's messages call it.
-        lease: granted. prepared: the part of it that its process has not been told of.
+        prepared: the part of its lease that its process has not been told of.
         held, idle: as last reported. rungs: a bit for each that it has reclaimers for.
         connected: its process can be spoken to. died: when the process was seen to be gone.
         cool: when it may make its own class yield again.
     """
 
+    ledger: _C.Ledger
     id: int
     name: str
     session: Session
@@ -37,7 +39,6 @@ class Holder:
     priority: str
     limits: Limits
     ledger_name: str = ""
-    lease: int = 0
     prepared: int = 0
     held: int = 0
     idle: int = 0
@@ -50,6 +51,11 @@ class Holder:
     taken: int = 0
     denied: int = 0
     yields: deque[tuple[float, float]] = field(default_factory=deque)
+
+    @property
+    def lease(self) -> int:
+        """What is granted to it."""
+        return self.ledger.held(self.id)
 
     @property
     def title(self) -> str:

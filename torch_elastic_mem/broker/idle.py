@@ -41,7 +41,9 @@ async def _watch(running: Running, seconds: float) -> None:
     used = loop.time()
     while True:
         await asyncio.sleep(min(1.0, seconds / 4))
-        if running.server.connections or any(device.accounts for device in running.broker.state().devices):
+        with running.server.turn():
+            held = any(books.accounts.holders for books in running.broker.books.values())
+        if running.server.connections or held:
             used = loop.time()
         elif loop.time() - used >= seconds:
             logger.info("no tenant for %g s", seconds)

@@ -67,7 +67,6 @@ class Queue:
         if not self._accounts.ledger.grant_ticket(queued.ticket):
             return False
         queued.ticket = 0
-        self._accounts.add(queued.holder, queued.bytes)
         queued.holder.prepared += queued.bytes
         self.waiting.remove(queued)
         self.prepared.append(queued)

@@ -7,13 +7,14 @@ import contextlib
 import errno
 import logging
 import math
-import os
 import socket
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from itertools import count
 
+from torch_elastic_mem import _C
 from torch_elastic_mem.broker.broker import Broker
-from torch_elastic_mem.broker.peers import credentials, identify, start_tick
+from torch_elastic_mem.broker.door import Door, Seat
 from torch_elastic_mem.broker.protocol import (
     MAX_MESSAGE,
     NOT_PERMITTED,
@@ -29,36 +30,25 @@ from torch_elastic_mem.broker.protocol import (
 from torch_elastic_mem.broker.roster import Roster
 from torch_elastic_mem.broker.rules import kind_of
 from torch_elastic_mem.broker.session import Process, Session
-from torch_elastic_mem.errors import TemError
+from torch_elastic_mem.errors import BrokerError, TemError
 
 # Messages that wait for a process to read. One that is so far behind has stopped listening.
 MOST_UNREAD = 1024
-# Connections accepted in one turn.
-MOST_AT_ONCE = 32
-# Messages taken from one connection before others have their turn.
-# A RETURN and the DEMAND behind it.
-TURN = 2
-# Without descriptors nobody can be told so; somebody may end meanwhile.
-PAUSE = 0.1
+# Connections heard in one turn: meanwhile the teller waits.
+TURN = 4
+# Messages of a process that has ended.
+MOST_UNHEARD = 1024
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class Seat:
-    """A process that has connected. `descriptor` becomes readable when it ends."""
-
-    process: Process
-    descriptor: int
-    connections: set[Connection] = field(default_factory=set)
-
-
 class Connection:
-    """One connection of a process."""
+    """One connection of a process. The teller reads it, but while the server has a message of it in hand."""
 
-    __slots__ = ("seat", "session", "socket", "unread")
+    __slots__ = ("number", "seat", "session", "socket", "unread")
 
-    def __init__(self, connected: socket.socket, seat: Seat) -> None:
+    def __init__(self, number: int, connected: socket.socket, seat: Seat[Connection]) -> None:
+        self.number = number
         self.socket = connected
         self.seat = seat
         self.session: Session | None = None
@@ -68,171 +58,178 @@ class Connection:
 class Server:
     """Takes tenants' messages to a broker and brings them its own.
 
+    A thread of C++, the teller, reads them, and answers by itself what needs no decision. It and the broker
+    take turns: whoever touches the broker does so within `turn`.
+
     Not thread-safe: it lives in one asyncio loop, which must be running.
     """
 
     def __init__(self, broker: Broker, listener: socket.socket, roster: Roster) -> None:
         self._broker = broker
-        self._listener = listener
         self._roster = roster
         self._loop = asyncio.get_running_loop()
-        self._seats: dict[tuple[int, int], Seat] = {}
+        self._teller = _C.Teller()
+        self._in_turn = False
+        self._numbers = count(1)
+        self._connections: dict[int, Connection] = {}
         self._by_session: dict[Session, Connection] = {}
-        self._counts: dict[int, int] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._wake = math.inf
-        # Given up to accept, and refuse, a connection when descriptors have run out.
-        self._spare: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        listener.setblocking(False)
-        self._loop.add_reader(listener, self._accept)
+        self._door: Door[Connection] = Door(listener, self, self._note)
+        self._loop.add_reader(self._teller.descriptor, self._called)
 
     @property
     def connections(self) -> int:
         """How many there are."""
-        return sum(len(seat.connections) for seat in self._seats.values())
+        return self._door.connections
 
     def knows(self, pid: int, start: int) -> bool:
         """Whether a process, by its number and the tick it started at, has connected."""
-        return (pid, start) in self._seats
+        return self._door.knows(pid, start)
 
     def close(self) -> None:
         """Stops. Connections end, and tenants keep what they hold."""
-        self._loop.remove_reader(self._listener)
-        self._listener.close()
+        self._loop.remove_reader(self._teller.descriptor)
         if self._timer is not None:
             self._timer.cancel()
-        for seat in list(self._seats.values()):
-            for connection in list(seat.connections):
-                self._detach(connection)
-            self._loop.remove_reader(seat.descriptor)
-            os.close(seat.descriptor)
-        self._seats.clear()
-        if self._spare is not None:
-            os.close(self._spare)
-            self._spare = None
+        self._teller.close()
+        for connection in self._connections.values():
+            self._loop.remove_writer(connection.socket)
+            connection.socket.close()
+        self._door.close()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """The broker's turn: what the teller has done is written down, and the teller waits.
+
+        At its end, what the broker has to say is sent, so that no answer of the teller's overtakes it.
+        """
+        if self._in_turn:
+            yield
+            return
+        tills = self._broker.tills
+        # The most of it before, while the teller goes on.
+        self._teller.begin_turn()
+        notes = tills.notes()
+        self._teller.end_turn()
+        tills.write(notes)
+        self._teller.begin_turn()
+        self._in_turn = True
+        with contextlib.ExitStack() as end:
+            # From the last to the first, each also where one before it fails.
+            end.callback(self._end_turn)
+            end.callback(tills.open)
+            end.callback(self._flush)
+            tills.write(tills.notes())
+            yield
+
+    def _end_turn(self) -> None:
+        self._in_turn = False
+        self._teller.end_turn()
 
     # Coming.
 
-    def _accept(self) -> None:
-        for _ in range(MOST_AT_ONCE):
-            try:
-                connected, _ = self._listener.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                    raise
-                self._refuse_one()
-                return
-            self._welcome(connected)
+    def most(self, uid: int) -> int:
+        """How many connections a user may have."""
+        return self._broker.connections_of(uid)
 
-    def _refuse_one(self) -> None:
-        """Answers with an end, as one cannot do more without descriptors, and takes a rest."""
-        log.error("no more descriptors: a connection was refused; raise the limit (ulimit -n)")
-        if self._spare is not None:
-            os.close(self._spare)
-            self._spare = None
-            with contextlib.suppress(OSError):
-                self._listener.accept()[0].close()
-        with contextlib.suppress(OSError):
-            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        self._loop.remove_reader(self._listener)
-        self._loop.call_later(PAUSE, self._resume)
+    def welcome(self, connected: socket.socket, seat: Seat[Connection]) -> Connection:
+        """Takes a connection in."""
+        connection = Connection(next(self._numbers), connected, seat)
+        with self.turn():
+            self._teller.add(connection.number, connected.fileno())
+        self._connections[connection.number] = connection
+        return connection
 
-    def _resume(self) -> None:
-        if self._listener.fileno() >= 0:
-            self._loop.add_reader(self._listener, self._accept)
+    def refuse(self, connected: socket.socket, reason: str) -> None:
+        """Says why a connection is not taken in."""
+        connected.send(encode(0, Refused(NOT_PERMITTED, reason)))
 
-    def _welcome(self, connected: socket.socket) -> None:
-        connected.setblocking(False)
-        pid, uid = credentials(connected)
-        most = self._broker.connections_of(uid)
-        if self._counts.get(uid, 0) >= most:
-            words = (
-                f"user {uid} has {most} connections already, as many as it may; close some, or have the "
-                f"operator allow more in a [[grant]]"
-            )
-            self._refuse(connected, NOT_PERMITTED, words)
-            return
+    def _note(self, process: Process, comes: bool) -> None:
+        if comes:
+            self._roster.add(process)
+        else:
+            self._roster.discard(process)
+
+    # Hearing.
+
+    def _called(self) -> None:
+        """The teller has messages for the broker, or much to write down."""
+        with self.turn():
+            for _ in range(TURN):
+                letter = self._teller.take()
+                if letter is None:
+                    return
+                number, data = letter
+                self._hear(self._connections[number], data)
+
+    def _hear(self, connection: Connection, data: bytes) -> None:
+        """Does what a process has said, and has the teller read on."""
         try:
-            seat = self._seat(pid, uid)
-        except OSError as error:
-            self._refuse(connected, NOT_PERMITTED, f"process {pid} cannot be watched: {error}")
-            return
-        connection = Connection(connected, seat)
-        seat.connections.add(connection)
-        self._counts[uid] = self._counts.get(uid, 0) + 1
-        self._loop.add_reader(connected, self._read, connection)
-
-    def _seat(self, pid: int, uid: int) -> Seat:
-        seat = self._seats.get((pid, start_tick(pid)))
-        if seat is not None:
-            return seat
-        process, descriptor = identify(pid, uid)
-        seat = self._seats[pid, process.start] = Seat(process, descriptor)
-        self._loop.add_reader(descriptor, self._bury, seat)
-        self._roster.add(process)
-        return seat
+            if self._take(connection, data):
+                # A RETURN, and the DEMAND behind it.
+                more = self._receive(connection)
+                if more is not None:
+                    self._take(connection, more)
+        finally:
+            try:
+                self._teller.resume(connection.number)
+            except BrokerError as error:
+                self._drop(connection, str(error))
 
     @staticmethod
-    def _refuse(connected: socket.socket, kind: int, reason: str, request: int = 0) -> None:
-        with contextlib.suppress(OSError):
-            connected.send(encode(request, Refused(kind, reason)))
-        connected.close()
+    def _receive(connection: Connection) -> bytes | None:
+        """The next message; nothing at the end of the connection. None: there is none yet."""
+        try:
+            return connection.socket.recv(MAX_MESSAGE + 1)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
 
-    # Speaking.
+    def _take(self, connection: Connection, data: bytes) -> bool:
+        """Does what one message says. False: the connection has ended."""
+        if not data:
+            self._drop(connection, None)
+            return False
+        try:
+            request, message = decode(data)
+            self._handle(connection, request, message)
+        except ProtocolError as error:
+            if error.wrong_version and connection.session is None:
+                refused = encode(_request_of(data), Refused(WRONG_VERSION, str(error)))
+                with contextlib.suppress(OSError):
+                    connection.socket.send(refused)
+            self._drop(connection, str(error))
+        if self._broker.post:
+            self._send()
+        return connection.number in self._connections
 
-    def _read(self, connection: Connection) -> None:
-        receive = connection.socket.recv
-        for _ in range(TURN):
-            try:
-                data = receive(MAX_MESSAGE + 1)
-            except BlockingIOError:
-                break
-            except OSError:
-                data = b""
-            if not data:
-                self._drop(connection, None)
-                break
-            try:
-                request, message = decode(data)
-                if not self._handle(connection, request, message):
-                    break
-            except ProtocolError as error:
-                if error.wrong_version and connection.session is None:
-                    refused = encode(_request_of(data), Refused(WRONG_VERSION, str(error)))
-                    with contextlib.suppress(OSError):
-                        connection.socket.send(refused)
-                self._drop(connection, str(error))
-                break
-            if self._broker.post:
-                self._send()
-            if connection.socket.fileno() < 0:
-                break
-        self.flush()
-
-    def _handle(self, connection: Connection, request: int, message: Message) -> bool:
+    def _handle(self, connection: Connection, request: int, message: Message) -> None:
         session = connection.session
         if session is not None:
             if isinstance(message, Bye):
                 self._detach(connection)
                 self._broker.leave(session)
                 self._settle_seat(connection.seat)
-                return False
-            self._broker.receive(session, request, message)
-            return True
+            else:
+                self._broker.receive(session, request, message)
+            return
         if not isinstance(message, Hello):
             raise ProtocolError("a connection begins with HELLO")
         try:
             session = self._broker.hello(connection.seat.process, request, message)
         except TemError as error:
             self._post(connection, encode(request, Refused(kind_of(error), str(error))))
-            return True
+            return
         connection.session = session
         self._by_session[session] = connection
-        return True
+        till = self._broker.books[message.device].accounts.till
+        self._teller.seat(connection.number, till, session.number)
 
-    def flush(self) -> None:
+    # Speaking.
+
+    def _flush(self) -> None:
         """Sends what the broker has to say, and sets the clock for when it next has to do something."""
         self._send()
         wake = self._broker.wake()
@@ -248,8 +245,8 @@ class Server:
 
     def _tick(self) -> None:
         self._timer, self._wake = None, math.inf
-        self._broker.tick()
-        self.flush()
+        with self.turn():
+            self._broker.tick()
 
     def _send(self) -> None:
         while post := self._broker.post:
@@ -268,50 +265,63 @@ class Server:
             return
         try:
             connection.socket.send(data)
-        except (BlockingIOError, InterruptedError):
-            connection.unread.append(data)
-            self._loop.add_writer(connection.socket, self._write, connection)
         except OSError as error:
-            # ENOBUFS passes; every other error is the end of the connection.
-            if error.errno == errno.ENOBUFS:
-                connection.unread.append(data)
-                self._loop.add_writer(connection.socket, self._write, connection)
-            else:
+            # ENOBUFS passes, as a full socket does; every other error is the end of the connection.
+            if not isinstance(error, BlockingIOError) and error.errno != errno.ENOBUFS:
                 self._drop(connection, None)
+                return
+            connection.unread.append(data)
+            self._teller.mute(connection.number, True)
+            self._loop.add_writer(connection.socket, self._write, connection)
 
     def _write(self, connection: Connection) -> None:
-        while connection.unread:
-            try:
-                connection.socket.send(connection.unread[0])
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError:
-                self._drop(connection, None)
-                self.flush()
-                return
-            connection.unread.popleft()
-        self._loop.remove_writer(connection.socket)
+        with self.turn():
+            while connection.unread:
+                try:
+                    connection.socket.send(connection.unread[0])
+                except BlockingIOError:
+                    return
+                except OSError:
+                    self._drop(connection, None)
+                    return
+                connection.unread.popleft()
+            self._loop.remove_writer(connection.socket)
+            self._teller.mute(connection.number, False)
 
     # Going.
 
+    def bury(self, seat: Seat[Connection]) -> None:
+        """A process has ended, though a child of it may hold its sockets open."""
+        with self.turn():
+            for connection in list(seat.connections):
+                self._hear_out(connection)
+                self._drop(connection, None)
+            self._door.remove(seat)
+            self._broker.bury(seat.process)
+
+    def _hear_out(self, connection: Connection) -> None:
+        """What a process said before its end counts. A child of it may go on for ever."""
+        data = self._teller.remove(connection.number)
+        if data is None:
+            data = self._receive(connection)
+        for _ in range(MOST_UNHEARD):
+            if data is None or not self._take(connection, data):
+                return
+            data = self._receive(connection)
+
     def _detach(self, connection: Connection) -> None:
-        """Ends a connection's socket."""
-        if connection.socket.fileno() < 0:
+        """Ends a connection's socket, which the teller has let go of before."""
+        if self._connections.pop(connection.number, None) is None:
             return
-        self._loop.remove_reader(connection.socket)
+        self._teller.remove(connection.number)
         self._loop.remove_writer(connection.socket)
-        connection.socket.close()
-        connection.seat.connections.discard(connection)
-        uid = connection.seat.process.uid
-        self._counts[uid] -= 1
-        if not self._counts[uid]:
-            del self._counts[uid]
+        self._door.leave(connection, connection.seat)
         if connection.session is not None:
             self._by_session.pop(connection.session, None)
 
     def _drop(self, connection: Connection, reason: str | None) -> None:
         """A connection has ended without BYE, or is ended for a reason."""
-        if connection.socket.fileno() < 0:
+        if connection.number not in self._connections:
             return
         process = connection.seat.process
         if reason is not None:
@@ -321,26 +331,10 @@ class Server:
             self._broker.lose(connection.session)
         self._settle_seat(connection.seat)
 
-    def _bury(self, seat: Seat) -> None:
-        """A process has ended, though a child of it may hold its sockets open."""
-        for connection in list(seat.connections):
-            # What it said before its end counts.
-            self._read(connection)
-            self._drop(connection, None)
-        self._remove(seat)
-        self._broker.bury(seat.process)
-        self.flush()
-
-    def _settle_seat(self, seat: Seat) -> None:
+    def _settle_seat(self, seat: Seat[Connection]) -> None:
         """Forgets a process that has no connection and holds nothing."""
         if not seat.connections and not self._broker.holds(seat.process):
-            self._remove(seat)
-
-    def _remove(self, seat: Seat) -> None:
-        if self._seats.pop((seat.process.pid, seat.process.start), None) is not None:
-            self._loop.remove_reader(seat.descriptor)
-            os.close(seat.descriptor)
-            self._roster.discard(seat.process)
+            self._door.remove(seat)
 
 
 def _request_of(data: bytes) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 
 from torch_elastic_mem.broker.protocol import Message
 
@@ -29,11 +30,13 @@ class Session:
     Attributes:
         name: what the process calls itself.
         granularity: what the arena's extents are a multiple of, in bytes.
+        number: of this session and no other.
     """
 
     process: Process
     name: str
     granularity: int = 1
+    number: int = field(default_factory=count(1).__next__)
 
 
 # A message on its way out, with its request number.

@@ -111,7 +111,7 @@ class Shares:
         self.check(name, uid, bytes, publisher)
         heir = self._heir(name, uid, bytes, publisher)
         share = self._shares[name] = Share(name, uid, bytes, publisher.id, heir, [member])
-        self._accounts.heirs[publisher.id] = heir
+        self._accounts.set_heir(publisher.id, heir)
         return share
 
     def join(self, name: str, member: Member) -> Share:
@@ -141,7 +141,7 @@ class Shares:
             return False
         del self._shares[share.name]
         # What the publisher still holds stays its own.
-        del self._accounts.heirs[share.publisher]
+        self._accounts.set_heir(share.publisher, None)
         self._accounts.discharge(share.heir, share.heir.lease)
         self._accounts.close(share.heir)
         return True
@@ -156,9 +156,8 @@ class Shares:
         number = self._accounts.ledger.open(f"{title} (mapped by several)", for_ledger(limits))
         # The broker is the process that keeps it.
         session = Session(Process(os.getpid(), uid, 0), "shared")
-        heir = Heir(
-            number, title, session, publisher.priority, limits, publisher.priority, limits, size=bytes
-        )
+        priority, ledger = publisher.priority, self._accounts.ledger
+        heir = Heir(ledger, number, title, session, priority, limits, priority, limits, size=bytes)
         heir.connected = False
         self._accounts.holders[number] = heir
         return heir

@@ -13,19 +13,19 @@ import asyncio
 import contextlib
 import errno
 import fcntl
-import logging
-import os
 import socket
 import struct
 import termios
-from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import msgspec
 
 from torch_elastic_mem.broker.broker import Broker
 from torch_elastic_mem.broker.daemon import Running, listen
-from torch_elastic_mem.broker.peers import credentials, identify, start_tick
+from torch_elastic_mem.broker.door import Door, Seat
 from torch_elastic_mem.broker.session import Process
 from torch_elastic_mem.broker.share_keeper import Membership, Publishing, ShareKeeper, close_all
 from torch_elastic_mem.broker.share_messages import (
@@ -43,22 +43,7 @@ from torch_elastic_mem.broker.share_messages import (
 )
 from torch_elastic_mem.errors import BrokerError, InvalidArgument, TemError
 
-# Connections accepted before others have their turn, and the rest that is taken without descriptors.
-TURN = 32
-PAUSE = 0.1
 _MOST_FDS = 253
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class Seat:
-    """A process that is connected, or a member. `descriptor` becomes readable when it ends."""
-
-    process: Process
-    descriptor: int
-    connections: set[Connection] = field(default_factory=set)
-    memberships: set[Membership] = field(default_factory=set)
 
 
 @dataclass(slots=True, eq=False)
@@ -66,7 +51,7 @@ class Connection:
     """One connection of a process: nothing yet, or a publisher that is sending, or a member."""
 
     socket: socket.socket
-    seat: Seat
+    seat: Seat[Connection]
     publishing: Publishing | None = None
     joined: Membership | None = None
 
@@ -75,85 +60,49 @@ class SharesServer:
     """Takes the descriptors of shares in, and hands them to members.
 
     Not thread-safe: it lives in one asyncio loop, which must be running.
+
+    Args:
+        broker: whose books charge for what is shared; touched within `turn`.
+        listener: the socket.
+        turn: of the broker.
     """
 
-    def __init__(self, broker: Broker, listener: socket.socket, moved: Callable[[], None]) -> None:
+    def __init__(
+        self, broker: Broker, listener: socket.socket, turn: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         self._broker = broker
-        self._listener = listener
-        self._moved = moved
+        self._turn = turn
         self._loop = asyncio.get_running_loop()
-        self._seats: dict[tuple[int, int], Seat] = {}
-        self._counts: dict[int, int] = {}
+        self._connections: set[Connection] = set()
+        self._memberships: defaultdict[Process, set[Membership]] = defaultdict(set)
         self._keeper = ShareKeeper(broker)
-        listener.setblocking(False)
-        self._loop.add_reader(listener, self._accept)
+        self._door: Door[Connection] = Door(listener, self)
 
     def close(self) -> None:
         """Stops, and closes every descriptor. Members keep what they have mapped."""
-        self._loop.remove_reader(self._listener)
-        self._listener.close()
-        for seat in list(self._seats.values()):
-            for connection in list(seat.connections):
-                self._detach(connection)
-            self._loop.remove_reader(seat.descriptor)
-            os.close(seat.descriptor)
-        self._seats.clear()
+        for connection in list(self._connections):
+            self._detach(connection)
+        self._door.close()
         self._keeper.close()
 
     # Coming.
 
-    def _accept(self) -> None:
-        for _ in range(TURN):
-            try:
-                connected, _ = self._listener.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                    raise
-                # They wait in line, and asking at once again would burn a core.
-                log.error("no more descriptors: connections wait; raise the limit (ulimit -n)")
-                self._loop.remove_reader(self._listener)
-                self._loop.call_later(PAUSE, self._resume)
-                return
-            self._welcome(connected)
+    def most(self, uid: int) -> int:
+        """How many connections a user may have."""
+        if self._door.connections >= self._keeper.room:
+            raise BrokerError("too many processes are connected; have its limit raised (ulimit -n)")
+        return self._broker.connections_of(uid)
 
-    def _resume(self) -> None:
-        if self._listener.fileno() >= 0:
-            self._loop.add_reader(self._listener, self._accept)
-
-    def _welcome(self, connected: socket.socket) -> None:
-        connected.setblocking(False)
-        pid, uid = credentials(connected)
-        try:
-            most = self._broker.connections_of(uid)
-            if self._counts.get(uid, 0) >= most:
-                raise BrokerError(
-                    f"user {uid} has {most} connections already, as many as it may; close some, or have the "
-                    f"operator allow more in a [[grant]]"
-                )
-            if sum(self._counts.values()) >= self._keeper.room:
-                raise BrokerError("too many processes are connected; have its limit raised (ulimit -n)")
-            seat = self._seat(pid, uid)
-        except (BrokerError, OSError) as error:
-            with contextlib.suppress(OSError):
-                connected.send(
-                    encode(refusal(BrokerError(f"the broker does not serve process {pid} here: {error}")))
-                )
-            connected.close()
-            return
+    def welcome(self, connected: socket.socket, seat: Seat[Connection]) -> Connection:
+        """Takes a connection in."""
         connection = Connection(connected, seat)
-        seat.connections.add(connection)
-        self._counts[uid] = self._counts.get(uid, 0) + 1
+        self._connections.add(connection)
         self._loop.add_reader(connected, self._read, connection)
+        return connection
 
-    def _seat(self, pid: int, uid: int) -> Seat:
-        seat = self._seats.get((pid, start_tick(pid)))
-        if seat is None:
-            process, descriptor = identify(pid, uid)
-            seat = self._seats[pid, process.start] = Seat(process, descriptor)
-            self._loop.add_reader(descriptor, self._bury, seat)
-        return seat
+    def refuse(self, connected: socket.socket, reason: str) -> None:
+        """Says why a connection is not taken in."""
+        connected.send(encode(refusal(BrokerError(f"the broker does not serve this process: {reason}"))))
 
     # Speaking.
 
@@ -173,7 +122,9 @@ class SharesServer:
                 return
             if flags & socket.MSG_CTRUNC:
                 raise BrokerError("the broker may open no more files; have its limit raised (ulimit -n)")
-            answer, given = self._do(connection, _request(data, flags), fds)
+            request = _request(data, flags)
+            with self._turn():
+                answer, given = self._do(connection, request, fds)
         except TemError as error:
             # Whoever is refused says nothing more on this connection.
             self._send(connection, refusal(error), [])
@@ -222,13 +173,12 @@ class SharesServer:
                     f"{type(request).__name__.upper()} with {len(fds)} descriptors is not to be said here"
                 )
 
-    @staticmethod
-    def _join(connection: Connection, joined: Membership) -> None:
+    def _join(self, connection: Connection, joined: Membership) -> None:
         connection.joined = joined
-        connection.seat.memberships.add(joined)
+        self._memberships[connection.seat.process].add(joined)
 
     def _send(self, connection: Connection, answer: Answer, fds: list[int]) -> None:
-        if connection.socket.fileno() < 0:
+        if connection not in self._connections:
             return
         try:
             # What waits to be read holds descriptors that count against the broker.
@@ -247,16 +197,18 @@ class SharesServer:
 
     # Going.
 
+    def bury(self, seat: Seat[Connection]) -> None:
+        """A process has ended, though a child of it may hold its sockets open."""
+        for connection in list(seat.connections):
+            self._detach(connection)
+        self._leave(seat, list(self._memberships[seat.process]))
+
     def _detach(self, connection: Connection) -> None:
-        if connection.socket.fileno() < 0:
+        if connection not in self._connections:
             return
+        self._connections.remove(connection)
         self._loop.remove_reader(connection.socket)
-        connection.socket.close()
-        connection.seat.connections.discard(connection)
-        uid = connection.seat.process.uid
-        self._counts[uid] -= 1
-        if not self._counts[uid]:
-            del self._counts[uid]
+        self._door.leave(connection, connection.seat)
         if connection.publishing is not None:
             self._keeper.give_up(connection.publishing)
             connection.publishing = None
@@ -266,25 +218,17 @@ class SharesServer:
         self._detach(connection)
         self._settle(connection.seat)
 
-    def _bury(self, seat: Seat) -> None:
-        """A process has ended, though a child of it may hold its sockets open."""
-        for connection in list(seat.connections):
-            self._detach(connection)
-        self._leave(seat, list(seat.memberships))
-
-    def _leave(self, seat: Seat, memberships: Iterable[Membership]) -> None:
-        seat.memberships.difference_update(memberships)
+    def _leave(self, seat: Seat[Connection], memberships: list[Membership]) -> None:
+        self._memberships[seat.process].difference_update(memberships)
         self._settle(seat)
-        self._keeper.leave(memberships)
-        self._moved()
+        with self._turn():
+            self._keeper.leave(memberships)
 
-    def _settle(self, seat: Seat) -> None:
+    def _settle(self, seat: Seat[Connection]) -> None:
         """Forgets a process that has no connection and is no member."""
-        if seat.connections or seat.memberships:
-            return
-        if self._seats.pop((seat.process.pid, seat.process.start), None) is not None:
-            self._loop.remove_reader(seat.descriptor)
-            os.close(seat.descriptor)
+        if not seat.connections and not self._memberships[seat.process]:
+            del self._memberships[seat.process]
+            self._door.remove(seat)
 
 
 @contextlib.asynccontextmanager
@@ -296,7 +240,7 @@ async def serve_shares(running: Running) -> AsyncIterator[SharesServer]:
     """
     path = running.paths.shares
     given = running.sockets.pop("shares", None)
-    server = SharesServer(running.broker, given or listen(path, running.config), running.server.flush)
+    server = SharesServer(running.broker, given or listen(path, running.config), running.server.turn)
     try:
         yield server
     finally:

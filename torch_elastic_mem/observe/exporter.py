@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
+from torch_elastic_mem.broker.control_server import Operated
 from torch_elastic_mem.broker.state import Event, MachineState
 from torch_elastic_mem.errors import InvalidArgument
 from torch_elastic_mem.observe.metrics import Collector
@@ -36,7 +37,8 @@ async def metrics(running: Running) -> AsyncIterator[None]:
         yield
         return
     loop = asyncio.get_running_loop()
-    close = serve_metrics(running.broker, loop, running.config.metrics)
+    broker = Operated(running.broker, running.server.turn)
+    close = serve_metrics(broker, loop, running.config.metrics)
     try:
         yield
     finally:
