@@ -8,7 +8,12 @@
 namespace tem {
 namespace {
 
-py::bytes bytes_of(const client::Bytes& message) { return {message.data(), message.size()}; }
+/// The message, and its descriptors, which are the caller's to close.
+py::tuple message_of(broker::Teller::Letter& letter) {
+  py::list descriptors;
+  for (Fd& each : letter.descriptors) descriptors.append(each.release());
+  return py::make_tuple(py::bytes(letter.message.data(), letter.message.size()), std::move(descriptors));
+}
 
 py::tuple tuple_of(const Till::Notes& notes) {
   py::list grants, reports;
@@ -83,15 +88,14 @@ void bind_broker(py::module_& module) {
       .def(
           "remove",
           [](TellerHandle& self, uint64_t number) -> py::object {
-            const auto message = self->remove(number);
-            return message ? py::object(bytes_of(*message)) : py::none();
+            auto letter = self->remove(number);
+            return letter ? py::object(message_of(*letter)) : py::none();
           },
           py::arg("number"))
       .def("take",
            [](TellerHandle& self) -> py::object {
-             const auto letter = self->take();
-             return letter ? py::object(py::make_tuple(letter->number, bytes_of(letter->message)))
-                           : py::none();
+             auto letter = self->take();
+             return letter ? py::object(py::make_tuple(letter->number, message_of(*letter))) : py::none();
            })
       .def("close", &TellerHandle::close);
 }

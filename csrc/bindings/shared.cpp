@@ -46,7 +46,7 @@ int send_extents(BlockRange& range, int socket, const std::string& message, size
   const Fd copy = copy_of(socket);
   const ipc::InHand in_hand;
   const std::vector<Fd> fds = range.export_fds(first, count, Access::kRead);
-  return send_message(copy, message.data(), message.size(), fds);
+  return send_message(copy.get(), message.data(), message.size(), fds);
 }
 
 void bind_shared(py::module_& module) {

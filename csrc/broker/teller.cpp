@@ -16,6 +16,7 @@
 
 #include "core/clock.hpp"
 #include "core/error.hpp"
+#include "core/fd_message.hpp"
 
 namespace tem::broker {
 namespace {
@@ -42,10 +43,10 @@ bool blank(const client::Text<64>& text) {
   return std::all_of(bytes, bytes + sizeof text.bytes, [](char each) { return each == 0; });
 }
 
-ssize_t receive(int socket, char* buffer, size_t bytes) {
-  const ssize_t got = ::recv(socket, buffer, bytes, MSG_DONTWAIT);
+Received receive(int socket, char* buffer, size_t bytes) {
+  Received got = receive_message(socket, buffer, bytes);
   // Told once, before what was sent: the other end closed with something unread.
-  return got < 0 && errno == ECONNRESET ? ::recv(socket, buffer, bytes, MSG_DONTWAIT) : got;
+  return got.error == ECONNRESET ? receive_message(socket, buffer, bytes) : std::move(got);
 }
 
 }  // namespace
@@ -118,7 +119,7 @@ void Teller::resume(uint64_t number) {
   if (found != connections_.end() && !found->second.reading) watch(number, found->second);
 }
 
-std::optional<Bytes> Teller::remove(uint64_t number) {
+std::optional<Teller::Letter> Teller::remove(uint64_t number) {
   const auto found = connections_.find(number);
   if (found == connections_.end()) return {};
   unwatch(found->second);
@@ -126,9 +127,9 @@ std::optional<Bytes> Teller::remove(uint64_t number) {
   const auto letter = std::find_if(letters_.begin(), letters_.end(),
                                    [number](const Letter& each) { return each.number == number; });
   if (letter == letters_.end()) return {};
-  Bytes message = std::move(letter->message);
+  std::optional<Letter> taken = std::move(*letter);
   letters_.erase(letter);
-  return message;
+  return taken;
 }
 
 std::optional<Teller::Letter> Teller::take() {
@@ -162,12 +163,11 @@ void Teller::attend(uint64_t number) {
   if (found == connections_.end() || !found->second.reading) return;
   Connection& connection = found->second;
   std::array<char, client::kLargest + 1> message;
-  const ssize_t got = receive(connection.socket, message.data(), message.size());
-  if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
-  const size_t bytes = got > 0 ? static_cast<size_t>(got) : 0;
-  if (answer(connection, message.data(), bytes)) return;
+  Received got = receive(connection.socket, message.data(), message.size());
+  if (got.error == EAGAIN) return;
+  if (answer(connection, message.data(), got.bytes)) return;
   unwatch(connection);
-  letters_.push_back({number, Bytes(message.data(), message.data() + bytes)});
+  letters_.push_back({number, Bytes(message.data(), message.data() + got.bytes), std::move(got.fds)});
   if (letters_.size() == 1) ring();
 }
 

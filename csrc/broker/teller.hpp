@@ -16,6 +16,7 @@
 #include <optional>
 #include <thread>
 #include <unordered_map>
+#include <vector>
 
 #include "client/wire.hpp"
 #include "core/fd.hpp"
@@ -54,12 +55,13 @@ class Teller {
   void resume(uint64_t number);
   /// Lets a connection go: its socket is not touched any more. What was read of it and not taken, if
   /// anything.
-  std::optional<Bytes> remove(uint64_t number);
-
   struct Letter {
     uint64_t number;
     Bytes message;  // none: the connection has ended
+    std::vector<Fd> descriptors;
   };
+  std::optional<Letter> remove(uint64_t number);
+
   /// The oldest message that is the books' to answer, if any. Who takes it reads that connection.
   std::optional<Letter> take();
 

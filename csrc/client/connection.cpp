@@ -60,7 +60,7 @@ bool Connection::flush() noexcept {
   while (!unsent_.empty()) {
     Letter& letter = unsent_.front();
     const int error =
-        send_message(socket_, letter.message.data(), letter.message.size(), letter.descriptors);
+        send_message(socket_.get(), letter.message.data(), letter.message.size(), letter.descriptors);
     if (error == EAGAIN || error == EINTR || error == ENOBUFS) return true;
     // Whoever has closed the other end may have said why before: that is still to be received. With too many
     // descriptors under way these are closed: the device then has what they were of.
@@ -106,9 +106,9 @@ Connection::Event Connection::wait(Deadline deadline, Bytes& message, std::vecto
   }
   if ((entries[1].revents & (POLLIN | POLLHUP | POLLERR)) == 0) return Event::kNothing;
   message.resize(kLargest + 1);
-  Received got = receive_message(socket_, message.data(), message.size());
+  Received got = receive_message(socket_.get(), message.data(), message.size());
   // Told once, before what was sent: the other end closed with something unread.
-  if (got.error == ECONNRESET) got = receive_message(socket_, message.data(), message.size());
+  if (got.error == ECONNRESET) got = receive_message(socket_.get(), message.data(), message.size());
   if (got.error == EAGAIN) return Event::kNothing;
   if (got.error != 0 || got.bytes == 0) return Event::kGone;
   message.resize(got.bytes);

@@ -7,7 +7,7 @@
 
 namespace tem {
 
-int send_message(const Fd& socket, const void* message, size_t bytes, const std::vector<Fd>& fds) {
+int send_message(int socket, const void* message, size_t bytes, const std::vector<Fd>& fds) {
   iovec part{const_cast<void*>(message), bytes};
   alignas(cmsghdr) char control[CMSG_SPACE(kMostFds * sizeof(int))];
   msghdr header{};
@@ -26,10 +26,10 @@ int send_message(const Fd& socket, const void* message, size_t bytes, const std:
       std::memcpy(CMSG_DATA(entry) + i * sizeof number, &number, sizeof number);
     }
   }
-  return ::sendmsg(socket.get(), &header, MSG_NOSIGNAL | MSG_DONTWAIT) < 0 ? errno : 0;
+  return ::sendmsg(socket, &header, MSG_NOSIGNAL | MSG_DONTWAIT) < 0 ? errno : 0;
 }
 
-Received receive_message(const Fd& socket, void* message, size_t bytes) {
+Received receive_message(int socket, void* message, size_t bytes) {
   iovec part{message, bytes};
   alignas(cmsghdr) char control[CMSG_SPACE(kMostFds * sizeof(int))];
   msghdr header{};
@@ -38,7 +38,7 @@ Received receive_message(const Fd& socket, void* message, size_t bytes) {
   header.msg_control = control;
   header.msg_controllen = sizeof control;
   Received out;
-  const ssize_t got = ::recvmsg(socket.get(), &header, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+  const ssize_t got = ::recvmsg(socket, &header, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
   if (got < 0) {
     out.error = errno == EINTR ? EAGAIN : errno;
     return out;

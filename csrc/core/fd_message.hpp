@@ -14,7 +14,7 @@ namespace tem {
 constexpr size_t kMostFds = 253;
 
 /// 0, or the number of the system's error.
-int send_message(const Fd& socket, const void* message, size_t bytes, const std::vector<Fd>& fds);
+int send_message(int socket, const void* message, size_t bytes, const std::vector<Fd>& fds);
 
 struct Received {
   size_t bytes = 0;   // 0: the other side has gone
@@ -22,6 +22,6 @@ struct Received {
   bool lost = false;  // descriptors found no room
   std::vector<Fd> fds;
 };
-Received receive_message(const Fd& socket, void* message, size_t bytes);
+Received receive_message(int socket, void* message, size_t bytes);
 
 }  // namespace tem

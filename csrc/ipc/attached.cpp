@@ -44,7 +44,7 @@ Attached::Attached(std::shared_ptr<Backend> backend, std::vector<size_t> extents
 Attached::~Attached() {
   unmap_behind(std::move(memory_), device_, [socket = socket_, message = message_] {
     // A broker that has gone, or has no room for it, sees the end of the connection or of the process.
-    if (socket) send_message(*socket, message.data(), message.size(), {});
+    if (socket) send_message(socket->get(), message.data(), message.size(), {});
   });
 }
 
@@ -54,7 +54,7 @@ std::string Attached::receive(const Fd& socket, Deadline deadline) {
     if (!wait_readable(socket, deadline)) return {};
     const InHand in_hand;
     std::string message(kMostBytes, '\0');
-    const Received got = receive_message(socket, message.data(), message.size());
+    const Received got = receive_message(socket.get(), message.data(), message.size());
     if (got.error == EAGAIN) continue;
     if (got.error != 0) return {};
     if (got.lost) refuse("this process may open no more files; raise its limit (ulimit -n)");

@@ -67,12 +67,12 @@ class Visit {
   /// Takes extents in from `first` on; returns how many.
   size_t take(Imported& memory, size_t first) {
     const Question asked = question(handle_, first);
-    if (send_message(socket_, &asked, sizeof asked, {}) != 0) gone();
+    if (send_message(socket_.get(), &asked, sizeof asked, {}) != 0) gone();
     for (;;) {
       if (!wait_readable(socket_, deadline_)) late();
       const InHand in_hand;
       Answer answer{};
-      const Received got = receive_message(socket_, &answer, sizeof answer);
+      const Received got = receive_message(socket_.get(), &answer, sizeof answer);
       if (got.error == EAGAIN) continue;
       if (got.error != 0 || got.bytes == 0) gone();
       if (!is_answer(answer, got.bytes)) refuse("its answer makes no sense");

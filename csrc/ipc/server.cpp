@@ -112,7 +112,7 @@ class Server {
   /// Answers what a peer asks. False: let it go.
   bool attend(const Peer& peer) {
     Question asked{};
-    const Received got = receive_message(peer.socket, &asked, sizeof asked);
+    const Received got = receive_message(peer.socket.get(), &asked, sizeof asked);
     if (got.error == EAGAIN) return true;
     if (got.error != 0 || !is_question(asked, got.bytes)) return false;
     std::vector<Fd> fds;
@@ -125,13 +125,13 @@ class Server {
     } catch (const std::exception& error) {
       told = answer(Verdict::kRefused, 0, error.what());
     }
-    int failed = send_message(peer.socket, &told, sizeof told, fds);
+    int failed = send_message(peer.socket.get(), &told, sizeof told, fds);
     if (failed == 0) return true;
     fds.clear();
     told = failed == ETOOMANYREFS
                ? answer(Verdict::kLater, 0, "")
                : answer(Verdict::kRefused, 0, std::string("sendmsg: ") + std::strerror(failed));
-    return send_message(peer.socket, &told, sizeof told, fds) == 0;
+    return send_message(peer.socket.get(), &told, sizeof told, fds) == 0;
   }
 
   std::vector<Fd> export_fds(const Question& asked) {

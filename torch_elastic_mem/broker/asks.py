@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch_elastic_mem.broker.holder import COOLING, Holder
 from torch_elastic_mem.broker.journal import Journal
 from torch_elastic_mem.broker.need import Need
-from torch_elastic_mem.broker.protocol import RUNGS, Ask
+from torch_elastic_mem.broker.protocol import PASS_ON, RUNGS, Ask
 from torch_elastic_mem.broker.session import Letter
 
 
@@ -73,7 +73,8 @@ class Asks:
         self._asked[self._last] = Asked(
             self._last, holder, need, need.rung, bytes, now, now + seconds, same_class
         )
-        message = Ask(holder.id, need.rung, bytes, int(seconds * 1e6), need.demander)
+        flags = PASS_ON if need.takes_from(holder) else 0
+        message = Ask(holder.id, need.rung, bytes, int(seconds * 1e6), need.demander, flags)
         self._post.append((holder.session, self._last, message))
         self._journal.asks += 1
 

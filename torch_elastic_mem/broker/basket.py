@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 from torch_elastic_mem.broker.descriptor import Descriptor
+from torch_elastic_mem.broker.holder import Holder
+from torch_elastic_mem.broker.protocol import Pass, Passed, ProtocolError
+from torch_elastic_mem.broker.session import Session
+
+# With one message; the kernel takes no more.
+MOST_DESCRIPTORS = 253
 
 
 class Extent(NamedTuple):
@@ -18,35 +25,62 @@ class Extent(NamedTuple):
 
 
 class Basket:
-    """Extents of one device between the answer that gave them and the grant that takes them.
+    """Extents of one device between the answer that gives their bytes and the grant that takes them.
 
-    The device has no use of them meanwhile. So their bytes are free in the ledger, and never more than that:
-    whoever grants or discharges calls `shrink`.
+    The device has no use of them meanwhile. So what is in it is a part of what is free in the ledger: whoever
+    charges or settles calls `shrink`.
+
+    Attributes:
+        bytes: in it.
     """
 
     def __init__(self) -> None:
+        self._offered: dict[Session, list[Extent]] = {}
         self._extents: deque[Extent] = deque()
         self.bytes = 0
 
-    def put(self, extents: Iterable[Extent]) -> None:
-        """Puts extents in."""
-        for extent in extents:
+    def offer(self, session: Session, message: Pass) -> None:
+        """Keeps what a process passes on until it gives the bytes.
+
+        Raises:
+            ProtocolError: it passes on more than one answer may.
+        """
+        offered = self._offered.setdefault(session, [])
+        uid = session.process.uid
+        offered += [Extent(message.bytes, descriptor, uid) for descriptor in message.descriptors]
+        if len(offered) > MOST_DESCRIPTORS:
+            del self._offered[session]
+            raise ProtocolError(f"more than {MOST_DESCRIPTORS} extents passed on at once")
+
+    def accept(self, session: Session) -> None:
+        """The bytes have been given: what was offered with them is in it now."""
+        for extent in self._offered.pop(session, ()):
             self._extents.append(extent)
             self.bytes += extent.bytes
 
-    def take(self, uid: int, most: int) -> list[Extent]:
-        """Takes out up to `most` bytes that a user may see. Nobody gets what another user has written."""
+    def forget(self, session: Session) -> None:
+        """The connection has ended; what it offered goes to the device."""
+        self._offered.pop(session, None)
+
+    def take(self, holder: Holder, most: int) -> list[Passed]:
+        """Takes out up to `most` bytes for an account. Nobody gets what another user has written."""
         found: list[Extent] = []
         left: deque[Extent] = deque()
         for extent in self._extents:
-            if extent.uid == uid and extent.bytes <= most:
+            fits = extent.bytes <= most and len(found) < MOST_DESCRIPTORS
+            if fits and extent.uid == holder.session.process.uid:
                 most -= extent.bytes
                 self.bytes -= extent.bytes
                 found.append(extent)
             else:
                 left.append(extent)
         self._extents = left
-        return found
+        found.sort(key=attrgetter("bytes"))
+        passed = []
+        for size, extents in groupby(found, attrgetter("bytes")):
+            descriptors = tuple(extent.descriptor for extent in extents)
+            passed.append(Passed(holder.id, len(descriptors), size, descriptors))
+        return passed
 
     def shrink(self, most: int) -> None:
         """Gives back to the device what is more than `most` bytes."""

@@ -11,10 +11,12 @@ from contextlib import suppress
 
 from torch_elastic_mem.broker.accounts import Accounts
 from torch_elastic_mem.broker.asks import Asks
+from torch_elastic_mem.broker.basket import Basket
 from torch_elastic_mem.broker.config import Grant as Rights
 from torch_elastic_mem.broker.config import LimitsConfig
 from torch_elastic_mem.broker.demands import Demands
 from torch_elastic_mem.broker.device import Device
+from torch_elastic_mem.broker.device_state import device_state
 from torch_elastic_mem.broker.device_view import Reading
 from torch_elastic_mem.broker.grace import Grace
 from torch_elastic_mem.broker.groups import Groups
@@ -30,6 +32,7 @@ from torch_elastic_mem.broker.protocol import (
     Gave,
     Open,
     Opened,
+    Pass,
     ProtocolError,
     Report,
     Return,
@@ -77,9 +80,12 @@ class Books:
         self._journal = journal
         self._pressure = Pressure()
         self.asks = Asks(device.uuid, post, journal)
+        self._basket = Basket()
         self._queue = Queue(self.accounts, self._pressure)
         self._reclaim = Reclaim(self.accounts, self._queue, self.asks)
-        self.demands = Demands(device, self.accounts, self._queue, self.asks, groups, post, journal, grace)
+        self.demands = Demands(
+            device, self.accounts, self._queue, self.asks, self._basket, groups, post, journal, grace
+        )
         self._dying: list[tuple[Holder, float]] = []
 
     @property
@@ -204,6 +210,15 @@ class Books:
         self.asks.returned(holder, message.bytes, now)
         self.settle(now)
 
+    def pass_on(self, session: Session, message: Pass) -> None:
+        """Takes memory that is passed on with the GAVE to come.
+
+        Raises:
+            ProtocolError: it is too much at once.
+        """
+        self._of(session, message.account)
+        self._basket.offer(session, message)
+
     def gave(self, session: Session, request: int, message: Gave, now: float) -> None:
         """Takes an answer to an ASK.
 
@@ -212,6 +227,7 @@ class Books:
         """
         holder = self._of(session, message.account)
         self._discharge(holder, message.bytes)
+        self._basket.accept(session)
         last = bool(message.flags & LAST)
         self.asks.answer(request, holder, message.bytes, message.coming, last, now)
         self.settle(now)
@@ -249,7 +265,7 @@ class Books:
 
     def look(self, reading: Reading, now: float) -> None:
         """Takes in what the device shows, and follows it."""
-        self.device.look(reading, self.accounts.holders.values())
+        self.device.look(reading, self.accounts.holders.values(), self._basket.bytes)
         self.accounts.set_capacity(self.device.capacity)
         self.settle(now)
 
@@ -312,31 +328,12 @@ class Books:
             self.demands.settle(now)
         if now >= self.grace.until:
             self._reclaim.pursue(now)
+        # It is kept for nobody but those who wait.
+        self._basket.shrink(self.accounts.ledger.free if self._queue else 0)
 
     def state(self, now: float) -> DeviceState:
         """The device at this moment."""
-        ledger, device = self.accounts.ledger, self.device
-        holders = sorted(self.accounts.holders.values(), key=lambda each: (-each.limits.value, each.id))
-        waiting = {holder.id: sum(queued.bytes for queued in self._queue.of(holder)) for holder in holders}
-        return DeviceState(
-            uuid=device.uuid,
-            label=device.label,
-            backend=device.backend,
-            total=device.total,
-            capacity=ledger.capacity,
-            outside=device.outside,
-            reserve_low=self.accounts.reserve_low,
-            reserve_high=self.accounts.reserve_high,
-            leased=ledger.leased,
-            free=ledger.free,
-            queued=self._queue.bytes,
-            pressure=self._pressure.parts(now),
-            accounts=[
-                each.state(now, waiting[each.id], self.asks.unanswered(each), self.asks.owed(each))
-                for each in holders
-            ],
-            shared=self.shares.states(),
-        )
+        return device_state(self.device, self.accounts, self.shares, self._queue, self.asks, self._pressure, now)
 
     # Bookkeeping.
 
@@ -356,6 +353,7 @@ class Books:
         """Nothing more is exchanged with an account's process."""
         self.accounts.till.dismiss(holder.id)
         self.asks.forget(holder)
+        self._basket.forget(holder.session)
         self.demands.drop(holder, now)
 
     def _end(self, holder: Holder, kind: str, now: float) -> None:

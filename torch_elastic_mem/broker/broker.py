@@ -29,6 +29,7 @@ from torch_elastic_mem.broker.protocol import (
     Hello,
     Message,
     Open,
+    Pass,
     ProtocolError,
     Refused,
     Report,
@@ -248,6 +249,8 @@ class Broker:
                     books.demand(session, request, message, now)
                 case Return():
                     books.give_back(session, message, now)
+                case Pass():
+                    books.pass_on(session, message)
                 case Gave():
                     books.gave(session, request, message, now)
                 case Report():
@@ -349,8 +352,7 @@ class Broker:
         books = Books(device, reserve, self.post, self.journal, self._groups, self._rules, self._grace)
         if reading is not None:
             books.look(reading, self.clock())
-        self.books[message.device] = books
-        return books
+        return self.books.setdefault(message.device, books)
 
     def _called(self, device: str | None, name: str) -> list[tuple[Books, list[Holder]]]:
         """The accounts that an operator means, by device.
@@ -395,5 +397,4 @@ class Broker:
 
 def _given(rule: LimitsConfig) -> dict[str, Any]:
     """What a rule says."""
-    fields = msgspec.structs.asdict(rule)
-    return {field: value for field, value in fields.items() if value is not None}
+    return {name: value for name, value in msgspec.structs.asdict(rule).items() if value is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch_elastic_mem.broker import words
 from torch_elastic_mem.broker.accounts import Accounts
 from torch_elastic_mem.broker.asks import Asks
+from torch_elastic_mem.broker.basket import Basket
 from torch_elastic_mem.broker.device import Device
 from torch_elastic_mem.broker.grace import Grace
 from torch_elastic_mem.broker.groups import Groups
@@ -43,6 +44,7 @@ class Demands:
         accounts: Accounts,
         queue: Queue,
         asks: Asks,
+        basket: Basket,
         groups: Groups,
         post: list[Letter],
         journal: Journal,
@@ -53,6 +55,7 @@ class Demands:
         self._accounts = accounts
         self._queue = queue
         self._asks = asks
+        self._basket = basket
         self._groups = groups
         self._post = post
         self._journal = journal
@@ -163,6 +166,9 @@ class Demands:
         bytes = demand.bytes
         if demand.want > bytes and not demand.group:
             bytes += self._extra(holder, demand.want - bytes)
+        passed = self._basket.take(holder, bytes)
+        self._basket.shrink(self._accounts.ledger.free)
+        self._post += [(holder.session, request, each) for each in passed]
         self._post.append((holder.session, request, Grant(holder.id, bytes)))
         self.note(holder, bytes, start, now)
 

@@ -48,8 +48,8 @@ class Device:
         """What can be shared out now."""
         return min(self.limit, self.total - self.outside)
 
-    def look(self, reading: Reading, holders: Iterable[Holder]) -> None:
-        """Takes in what the device shows.
+    def look(self, reading: Reading, holders: Iterable[Holder], between: int = 0) -> None:
+        """Takes in what the device shows; `between` bytes are on their way from one holder to another.
 
         With bytes by process, what a tenant has beside its lease is outside too.
         """
@@ -63,7 +63,7 @@ class Device:
         else:
             ours = sum(min(lease, reading.processes.get(pid, lease)) for pid, lease in leases.items())
             self.met |= leases.keys() & reading.processes.keys()
-        self._outside.append(max(0, reading.used - ours))
+        self._outside.append(max(0, reading.used - ours - between))
 
     def recognise(self, bytes: int) -> None:
         """What looked like outside is a tenant's that has come back."""

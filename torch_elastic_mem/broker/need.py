@@ -44,6 +44,10 @@ class Need:
         """Until when bytes behind fences are waited for, rather than dearer ones asked for."""
         return self.start + (self.deadline - self.start) / 2
 
+    def takes_from(self, victim: Holder) -> bool:
+        """Memory of the victim's can be passed on to who needs it: nobody sees what another user wrote."""
+        return False
+
     def climb(self) -> bool:
         """Goes up a rung; False at the top."""
         if self.rung >= self.top:
@@ -92,6 +96,10 @@ class Queued(Need):
     ticket: int = 0
     open: bool = False
     priority: str = ""
+
+    def takes_from(self, victim: Holder) -> bool:
+        """As a need's. A group's memory is granted later, all at once."""
+        return not self.demand.group and victim.session.process.uid == self.holder.session.process.uid
 
     @property
     def bytes(self) -> int:

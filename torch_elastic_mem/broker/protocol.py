@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
+from torch_elastic_mem.broker.descriptor import Descriptor
 from torch_elastic_mem.errors import TemError
 
 VERSION = 1
@@ -49,7 +50,7 @@ class Limits(NamedTuple):
 class Message(msgspec.Struct, frozen=True, gc=False):
     """One message, without its header. Subclasses have their fields in the order of the wire.
 
-    WIRE spells the body: letters, `64s` for a text of that size, `_` for a pad, `limits`, and `...`
+    What WIRE does not spell does not go into the bytes. WIRE spells the body: letters, `64s` for a text of that size, `_` for a pad, `limits`, and `...`
     for a text to the end of the message; the letters are those of `struct`.
     """
 
@@ -149,12 +150,16 @@ class Report(Message, frozen=True, gc=False):
 
 
 class Pass(Message, frozen=True, gc=False):
-    """Memory to be passed on with what the next GAVE returns: `count` descriptors, of `bytes` each."""
+    """Memory to be passed on with what the next GAVE returns: `count` extents of `bytes` each.
+
+    Their descriptors travel beside the message.
+    """
 
     TYPE, WIRE = 11, "I I Q"
     account: int
     count: int
     bytes: int
+    descriptors: tuple[Descriptor, ...] = ()
 
 
 class Welcome(Message, frozen=True, gc=False):
@@ -225,12 +230,13 @@ class Set(Message, frozen=True, gc=False):
 
 
 class Passed(Message, frozen=True, gc=False):
-    """Memory that the next GRANT comes with: `count` descriptors, of `bytes` each."""
+    """Memory that the next GRANT comes with, as PASS has it."""
 
     TYPE, WIRE = 40, "I I Q"
     account: int
     count: int
     bytes: int
+    descriptors: tuple[Descriptor, ...] = ()
 
 
 def encode(request: int, message: Message) -> bytes:
@@ -286,7 +292,7 @@ class _Codec:
             letters.append({"limits": "q4Qd", "_": "4x"}.get(token, token))
         self._struct = struct.Struct("".join(letters))
         self._flat = not self._open_end and all(part == _PLAIN for part, _ in self._parts)
-        self._names = kind.__struct_fields__
+        self._names = kind.__struct_fields__[: len(self._parts) + self._open_end]
 
     def encode(self, request: int, message: Message) -> bytes:
         whole = self._struct.size

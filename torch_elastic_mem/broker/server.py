@@ -7,13 +7,18 @@ import contextlib
 import errno
 import logging
 import math
+import os
 import socket
 from collections import deque
 from collections.abc import Iterator
 from itertools import count
 
+import msgspec
+
 from torch_elastic_mem import _C
+from torch_elastic_mem.broker.basket import MOST_DESCRIPTORS
 from torch_elastic_mem.broker.broker import Broker
+from torch_elastic_mem.broker.descriptor import Descriptor
 from torch_elastic_mem.broker.door import Door, Seat
 from torch_elastic_mem.broker.protocol import (
     MAX_MESSAGE,
@@ -22,6 +27,8 @@ from torch_elastic_mem.broker.protocol import (
     Bye,
     Hello,
     Message,
+    Pass,
+    Passed,
     ProtocolError,
     Refused,
     decode,
@@ -160,17 +167,17 @@ class Server:
                 letter = self._teller.take()
                 if letter is None:
                     return
-                number, data = letter
-                self._hear(self._connections[number], data)
+                number, heard = letter
+                self._hear(self._connections[number], *heard)
 
-    def _hear(self, connection: Connection, data: bytes) -> None:
+    def _hear(self, connection: Connection, data: bytes, descriptors: list[int]) -> None:
         """Does what a process has said, and has the teller read on."""
         try:
-            if self._take(connection, data):
+            if self._take(connection, data, descriptors):
                 # A RETURN, and the DEMAND behind it.
                 more = self._receive(connection)
                 if more is not None:
-                    self._take(connection, more)
+                    self._take(connection, *more)
         finally:
             try:
                 self._teller.resume(connection.number)
@@ -178,22 +185,29 @@ class Server:
                 self._drop(connection, str(error))
 
     @staticmethod
-    def _receive(connection: Connection) -> bytes | None:
-        """The next message; nothing at the end of the connection. None: there is none yet."""
+    def _receive(connection: Connection) -> tuple[bytes, list[int]] | None:
+        """The next message and its descriptors; nothing at the end of the connection. None: none yet."""
         try:
-            return connection.socket.recv(MAX_MESSAGE + 1)
+            data, descriptors, _, _ = socket.recv_fds(
+                connection.socket, MAX_MESSAGE + 1, MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+            )
         except BlockingIOError:
             return None
         except OSError:
-            return b""
+            return b"", []
+        return data, descriptors
 
-    def _take(self, connection: Connection, data: bytes) -> bool:
+    def _take(self, connection: Connection, data: bytes, numbers: list[int]) -> bool:
         """Does what one message says. False: the connection has ended."""
+        # Closed, unless somebody keeps them.
+        descriptors = tuple(map(Descriptor, numbers))
         if not data:
             self._drop(connection, None)
             return False
         try:
             request, message = decode(data)
+            if isinstance(message, Pass):
+                message = msgspec.structs.replace(message, descriptors=descriptors)
             self._handle(connection, request, message)
         except ProtocolError as error:
             if error.wrong_version and connection.session is None:
@@ -254,8 +268,22 @@ class Server:
             post.clear()
             for session, request, message in letters:
                 connection = self._by_session.get(session)
-                if connection is not None:
+                if connection is None:
+                    continue
+                if isinstance(message, Passed):
+                    self._pass(connection, request, message)
+                else:
                     self._post(connection, encode(request, message))
+
+    @staticmethod
+    def _pass(connection: Connection, request: int, message: Passed) -> None:
+        """Sends memory on, or leaves it to the device: the grant behind it is good without."""
+        numbers = [each.number for each in message.descriptors]
+        if not connection.unread:
+            with contextlib.suppress(OSError):
+                socket.send_fds(connection.socket, [encode(request, message)], numbers)
+        for descriptor in message.descriptors:
+            descriptor.close()
 
     def _post(self, connection: Connection, data: bytes) -> None:
         if connection.unread:
@@ -301,19 +329,21 @@ class Server:
 
     def _hear_out(self, connection: Connection) -> None:
         """What a process said before its end counts. A child of it may go on for ever."""
-        data = self._teller.remove(connection.number)
-        if data is None:
-            data = self._receive(connection)
+        heard = self._teller.remove(connection.number)
+        if heard is None:
+            heard = self._receive(connection)
         for _ in range(MOST_UNHEARD):
-            if data is None or not self._take(connection, data):
+            if heard is None or not self._take(connection, *heard):
                 return
-            data = self._receive(connection)
+            heard = self._receive(connection)
 
     def _detach(self, connection: Connection) -> None:
         """Ends a connection's socket, which the teller has let go of before."""
         if self._connections.pop(connection.number, None) is None:
             return
-        self._teller.remove(connection.number)
+        if (unheard := self._teller.remove(connection.number)) is not None:
+            for number in unheard[1]:
+                os.close(number)
         self._loop.remove_writer(connection.socket)
         self._door.leave(connection, connection.seat)
         if connection.session is not None:
