@@ -1,4 +1,4 @@
-"""The picture of a bench_kv run: memory over simulated time, and how much of it is held for nothing."""
+"""The picture of a run: memory over time, and how much of it is held for nothing."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from benchmarks.residency import Curve
 _GIB = float(1 << 30)
 
 
-def draw(curves: Mapping[str, Curve], title: str, path: Path) -> None:
+def draw(curves: Mapping[str, Curve], title: str, path: Path, axis: str = "simulated seconds") -> None:
     """Writes a PNG of two panels: bytes live and mapped, and bytes mapped beyond what is live.
 
     Args:
         curves: name of each cache to its run; live bytes are drawn from the first.
         title: what was served, and where.
         path: where the PNG goes.
+        axis: what time is.
     """
     figure, (memory, excess) = plt.subplots(2, 1, figsize=(11, 7), sharex=True, layout="constrained")
     figure.suptitle(title)
@@ -34,7 +35,7 @@ def draw(curves: Mapping[str, Curve], title: str, path: Path) -> None:
         excess.plot(curve.seconds, beyond, linewidth=1, label=name)
     memory.set_ylabel("mapped, GiB")
     excess.set_ylabel("mapped beyond live, GiB")
-    excess.set_xlabel("simulated seconds")
+    excess.set_xlabel(axis)
     memory.legend(loc="upper right", fontsize="small")
     for panel in (memory, excess):
         panel.set_ylim(bottom=0)

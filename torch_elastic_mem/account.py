@@ -187,6 +187,19 @@ class Account:
         self._core.reserve(parse_bytes(nbytes), self.device.seconds(timeout), name, members, turn)
         return Reservation(self._core)
 
+    def note_blocks(self, in_use: int, cached: int, free: int, parked: int) -> None:
+        """Says what is in an engine's blocks, for people to look at: `tem top` shows it under a broker.
+
+        Nothing is made of it. A broker is told at most ten times a second, whatever is said here.
+
+        Args:
+            in_use: blocks that requests hold.
+            cached: those that no request holds, in which a prefix is kept.
+            free: those with memory, in which nothing is.
+            parked: those without memory.
+        """
+        self._core.note_blocks(in_use, cached, free, parked)
+
     def trim(self) -> int:
         """Gives back every idle extent, kept ones included. Returns the bytes.
 

@@ -17,8 +17,9 @@ from benchmarks import machine
 from benchmarks.options import backend_option, errors_as_messages, out_option
 from benchmarks.results import Result, command_line
 from benchmarks.terminal import progress, publish
+from benchmarks.vllm.engine import OURS, STOCK, Opening
 from benchmarks.vllm.engine_tables import SQUEEZED, tables
-from benchmarks.vllm.engine_worker import OURS, STOCK, Opening, Squeeze
+from benchmarks.vllm.engine_worker import Squeeze
 from benchmarks.vllm.load import Load
 from benchmarks.vllm.shapes import SHAPES
 from benchmarks.worker import Worker, WorkerError, started

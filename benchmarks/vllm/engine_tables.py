@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.figures import spread
 from benchmarks.results import TARGET_COLUMNS, Table, target_row
 from benchmarks.timing import paired_ratio, percentile
-from benchmarks.vllm.engine_worker import OURS, STOCK
+from benchmarks.vllm.engine import OURS, STOCK
 
 SQUEEZED = "ours, squeezed"
 THROUGHPUT_TARGET = 0.99

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import threading
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from benchmarks.vllm import shapes
+from benchmarks.vllm.engine import Engine, Opening, prepare
 from benchmarks.vllm.load import Load, run
 from benchmarks.worker import Handler, serve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-OURS = "ours"
-STOCK = "stock"
-
-
-class Opening(msgspec.Struct):
-    """How the engine is made, the same for all contenders."""
-
-    shape: str
-    kv_bytes: int
-    max_model_len: int
-    eager: bool
 
 
 class Squeeze(msgspec.Struct):
@@ -43,12 +28,7 @@ class EngineWorker:
     """An engine and what is asked of it."""
 
     def __init__(self, contender: str) -> None:
-        os.environ.update(
-            TEM_ENABLE="1" if contender == OURS else "0",
-            VLLM_ENABLE_V1_MULTIPROCESSING="0",
-            VLLM_NO_USAGE_STATS="1",
-            HF_HUB_OFFLINE="1",
-        )
+        prepare(contender)
         self._engine: Any = None
         self._arena: Any = None
 
@@ -69,41 +49,16 @@ class EngineWorker:
         return msgspec.to_builtins(seen) | {"squeezes": squeezes}
 
     def _open(self, opening: Opening) -> dict[str, Any]:
-        from vllm import LLM
-
-        started = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            llm = LLM(
-                model=str(shapes.write(opening.shape, Path(folder))),
-                load_format="dummy",
-                skip_tokenizer_init=True,
-                max_model_len=opening.max_model_len,
-                kv_cache_memory_bytes=opening.kv_bytes,
-                enforce_eager=opening.eager,
-                seed=0,
-                enable_prefix_caching=True,
-                # Of no use to an engine whose cache is given, but each wants so much of the device free.
-                gpu_memory_utilization=0.4,
-            )
-        self._engine = llm.llm_engine
-        core = self._engine.engine_core.engine_core
-        facts = {
-            "seconds": time.perf_counter() - started,
-            "runner": type(core.model_executor.driver_worker.worker.model_runner).__module__,
-            "scheduler": type(core.scheduler).__name__,
-            "blocks": core.scheduler.kv_cache_config.num_blocks,
-        }
-        if os.environ["TEM_ENABLE"] == "1":
-            worker = core.model_executor.driver_worker.worker
-            self._arena, self._cache = worker.elastic_arena, worker.elastic_cache
+        engine = Engine(opening)
+        self._engine, self._arena, self._cache = engine.llm, engine.arena, engine.cache
+        if engine.cache is not None:
             import torch_elastic_mem as tem
 
             # So much that the cache fits, and not much more: what others want, it has to yield.
             self._arena.set_capacity(min(self._arena.capacity, opening.kv_bytes + self._cache.chunk_bytes))
             self._other = self._arena.account("pressing", tem.PriorityClass("pressing", 10**6))
             self._range = self._other.range(2 * opening.kv_bytes)
-            facts |= {"chunk_bytes": self._cache.chunk_bytes, "uuid": self._arena.uuid}
-        return facts
+        return engine.facts()
 
     def _take(self, nbytes: int) -> dict[str, Any]:
         """Takes so many bytes beyond what is free from the idle engine, and gives them back."""

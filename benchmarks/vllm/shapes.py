@@ -54,6 +54,12 @@ SHAPES["tiny-windows"] = SHAPES["tiny"] | {
 }
 
 
+def token_bytes(shape: str) -> int:
+    """Bytes of KV cache that a token takes, in all layers; vLLM computes in 16 bits what is stored in 32."""
+    config = SHAPES[shape]
+    return int(4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"])
+
+
 def write(shape: str, folder: Path) -> Path:
     """A folder that vLLM takes for a model of this shape, to be loaded with `load_format="dummy"`."""
     folder.mkdir(parents=True, exist_ok=True)

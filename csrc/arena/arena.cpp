@@ -208,6 +208,13 @@ std::string Arena::priority(AccountId id) {
   return tallies_.at(id).priority;
 }
 
+void Arena::note_blocks(AccountId id, const Blocks& blocks) {
+  const Lock held = lock();
+  (void)ledger_.at(id);
+  tallies_.at(id).blocks = blocks;
+  if (upstream_) upstream_->changed();
+}
+
 size_t Arena::room(AccountId id) {
   const Lock held = lock();
   return ledger_.room(id);
@@ -351,8 +358,8 @@ ArenaState Arena::state() {
   state.last_fault = last_fault_;
   for (const auto& [id, holding] : ledger_.accounts()) {
     const Tally& tally = tallies_.at(id);
-    AccountState account{holding,     tally.priority, {},           {},
-                         tally.given, tally.taken,    tally.yields, tally.denied};
+    AccountState account{holding,     tally.priority, {},           {},          tally.given,
+                         tally.taken, tally.yields,   tally.denied, tally.blocks};
     for (const auto& reclaimer : reclaimers_) {
       if (reclaimer->account == id) account.rungs.insert(reclaimer->rung);
     }

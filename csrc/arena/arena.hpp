@@ -60,6 +60,14 @@ struct Yielded {
   size_t coming = 0;
 };
 
+/// An engine's blocks by what is in them, for people to look at: the arena makes nothing of it.
+struct Blocks {
+  uint32_t in_use = 0, cached = 0, free = 0, parked = 0;
+  bool operator==(const Blocks& other) const {
+    return in_use == other.in_use && cached == other.cached && free == other.free && parked == other.parked;
+  }
+};
+
 struct AccountState {
   Holding holding;
   std::string priority;
@@ -69,6 +77,7 @@ struct AccountState {
   uint64_t taken = 0;   // bytes others yielded to it
   uint64_t yields = 0;  // times it gave
   uint64_t denied = 0;  // demands that failed
+  Blocks blocks{};      // as its tenant last said
 };
 
 struct ArenaState {
@@ -122,6 +131,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
   size_t set_capacity(const Options& options, Deadline deadline);
   Holding account(AccountId id);
   std::string priority(AccountId id);
+  /// What an account's tenant says of its blocks.
+  void note_blocks(AccountId id, const Blocks& blocks);
   size_t room(AccountId id);
   /// Blocks until room() reaches `bytes`. False at the deadline.
   bool wait_for_room(AccountId id, size_t bytes, Deadline deadline);
@@ -213,6 +224,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
     uint64_t given = 0, taken = 0, yields = 0, denied = 0;
     size_t reserved = 0;  // held for growths to come
     size_t asked = 0;     // of its lease, by demands from outside that are being answered
+    Blocks blocks{};      // as its tenant last said
   };
 
   Arena(std::shared_ptr<Backend> backend, const Options& options, std::shared_ptr<Upstream> upstream);

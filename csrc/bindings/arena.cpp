@@ -184,6 +184,12 @@ void bind_arena(py::module_& module) {
              return out;
            })
       .def(
+          "note_blocks",
+          [](AccountHandle& self, uint32_t in_use, uint32_t cached, uint32_t free, uint32_t parked) {
+            self.arena->note_blocks(self.id, {in_use, cached, free, parked});
+          },
+          py::arg("in_use"), py::arg("cached"), py::arg("free"), py::arg("parked"), Unlocked())
+      .def(
           "trim", [](AccountHandle& self) { return self.arena->trim(self.id); }, Unlocked())
       .def(
           "close", [](AccountHandle& self) { self.arena->close_account(self.id); }, Unlocked())

@@ -1,3 +1,6 @@
+#include <pybind11/stl.h>
+
+#include <array>
 #include <memory>
 #include <utility>
 
@@ -20,7 +23,8 @@ py::tuple tuple_of(const Till::Notes& notes) {
   for (const Till::Grant& each : notes.grants)
     grants.append(py::make_tuple(each.account, each.bytes, each.at));
   for (const auto& [account, each] : notes.reports)
-    reports.append(py::make_tuple(account, each.rungs, each.held, each.idle));
+    reports.append(py::make_tuple(account, each.rungs, each.held, each.idle, each.blocks[0], each.blocks[1],
+                                  each.blocks[2], each.blocks[3]));
   return py::make_tuple(grants, reports);
 }
 
@@ -61,10 +65,12 @@ void bind_broker(py::module_& module) {
       .def("take_back", &Till::take_back, py::arg("session"), py::arg("account"), py::arg("bytes"))
       .def(
           "report",
-          [](Till& self, uint64_t session, AccountId account, uint32_t rungs, size_t held, size_t idle) {
-            return self.report(session, account, {rungs, held, idle});
+          [](Till& self, uint64_t session, AccountId account, uint32_t rungs, size_t held, size_t idle,
+             const std::array<uint32_t, 4>& blocks) {
+            return self.report(session, account, {rungs, held, idle, blocks});
           },
-          py::arg("session"), py::arg("account"), py::arg("rungs"), py::arg("held"), py::arg("idle"))
+          py::arg("session"), py::arg("account"), py::arg("rungs"), py::arg("held"), py::arg("idle"),
+          py::arg("blocks"))
       .def("take_notes", [](Till& self) { return tuple_of(self.take_notes()); });
   py::class_<TellerHandle>(module, "Teller")
       .def(py::init<>())

@@ -64,6 +64,7 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
     std::string refused;             // why a new broker does not want it
     size_t held = 0, idle = 0;       // as last reported
     uint32_t rungs = 0;
+    Blocks blocks{};
   };
   /// A question that somebody waits with.
   struct Call {

@@ -78,6 +78,7 @@ void Client::send_open(AccountId id, Entry& entry, size_t lease) {
   entry.refused.clear();
   entry.held = entry.idle = 0;
   entry.rungs = 0;
+  entry.blocks = {};
   Open open{};
   open.name = Text<64>(entry.name);
   open.priority = Text<32>(entry.priority);
@@ -306,11 +307,16 @@ void Client::report() {
     const size_t idle = account.idle.ready + account.idle.pending;
     uint32_t rungs = 0;
     for (const Rung rung : account.rungs) rungs |= 1U << static_cast<uint32_t>(rung);
-    if (entry.held == account.holding.held && entry.idle == idle && entry.rungs == rungs) continue;
+    const Blocks& blocks = account.blocks;
+    if (entry.held == account.holding.held && entry.idle == idle && entry.rungs == rungs &&
+        entry.blocks == blocks)
+      continue;
     entry.held = account.holding.held;
     entry.idle = idle;
     entry.rungs = rungs;
-    post(0, Report{*entry.remote, rungs, entry.held, entry.idle});
+    entry.blocks = blocks;
+    post(0, Report{*entry.remote, rungs, entry.held, entry.idle, blocks.in_use, blocks.cached, blocks.free,
+                   blocks.parked});
   }
 }
 

@@ -137,6 +137,7 @@ struct Report {
   static constexpr Type kType = Type::kReport;
   uint32_t account, rungs;
   uint64_t held, idle;
+  uint32_t in_use, cached, free, parked;
 };
 struct Pass {
   static constexpr Type kType = Type::kPass;

@@ -3,6 +3,7 @@
 // else. As pure as the ledger, of which it is a part: no I/O, no clock, no lock.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -24,6 +25,7 @@ class Till {
   struct Report {
     uint32_t rungs;
     size_t held, idle;
+    std::array<uint32_t, 4> blocks;
   };
   /// What has happened at the till. Of each account the last report counts.
   struct Notes {

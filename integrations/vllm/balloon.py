@@ -43,6 +43,23 @@ class Cost:
     chunk: int
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """An engine's blocks, but for the null block; together they are all of them.
+
+    Attributes:
+        in_use: requests hold them.
+        cached: no request does, and a prefix is kept in them.
+        free: they have memory, and nothing is in them.
+        parked: they have no memory.
+    """
+
+    in_use: int
+    cached: int
+    free: int
+    parked: int
+
+
 class Balloon:
     """The parked chunks of a pool. Not thread-safe: its owner's lock guards it and the pool.
 
@@ -150,6 +167,15 @@ class Balloon:
             return plain(count)
 
         pool.get_new_blocks = get_new_blocks
+
+    def counts(self) -> Counts:
+        """How many blocks are in what state: looks at each of them.
+
+        Where the owner's lock is not held they may be a few blocks off.
+        """
+        in_use, parked = self.in_use(), self.parked_blocks
+        cached = sum(not block.ref_cnt and block.block_hash is not None for block in self._pool.blocks)
+        return Counts(in_use, cached, max(0, len(self._pool.blocks) - 1 - in_use - cached - parked), parked)
 
     def in_use(self) -> int:
         """Blocks that requests hold, without the null block."""

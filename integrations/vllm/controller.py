@@ -23,6 +23,7 @@ from torch_elastic_mem.errors import InUseError
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache
 from torch_elastic_mem.integrations.vllm.grower import Grower
+from torch_elastic_mem.integrations.vllm.teller import Teller
 
 # What a step waits for memory on its way rather than give up a warm prefix or preempt a request.
 PATIENCE = 0.05
@@ -65,6 +66,7 @@ class Controller:
             account.on_reclaim(lambda nbytes, timeout: self._asked(nbytes, timeout, False), "evict"),
             account.on_reclaim(lambda nbytes, timeout: self._asked(nbytes, timeout, True), "shrink"),
         ]
+        self._teller = Teller(account, balloon)
 
     def before_step(self, needed: Callable[[], int], ahead: int) -> None:
         """The engine's thread is about to schedule, with the lock held.
@@ -169,6 +171,7 @@ class Controller:
         for reclaimer in self._reclaimers:
             reclaimer.remove()
         self.grower.close()
+        self._teller.close()
         with self.lock:
             if self._closed:
                 return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch_elastic_mem.broker.state import AccountState, DeviceState, Event, MachineState
+from torch_elastic_mem.broker.state import AccountState, BlocksState, DeviceState, Event, MachineState
 
 GiB = 1 << 30
 GPU = "GPU-6e1b3a0c-0000-4000-8000-0123456789ab"
@@ -50,6 +50,7 @@ def serving(**changes: Any) -> AccountState:
         "max": 60 * GiB,
         "recent_yields": 0,
         "slowest_yield": 0.0,
+        "blocks": BlocksState(in_use=500, cached=1500, free=48, parked=8191),
     }
     return account("chat", **fields | changes)
 

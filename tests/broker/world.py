@@ -104,7 +104,8 @@ class World:
             case Return(account=account):
                 return till.take_back(session, account, message.bytes)
             case Report(account=account):
-                return till.report(session, account, message.rungs, message.held, message.idle)
+                blocks = message.in_use, message.cached, message.free, message.parked
+                return till.report(session, account, message.rungs, message.held, message.idle, blocks)
         return False
 
     def wait(self, seconds: float) -> None:

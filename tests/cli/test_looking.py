@@ -59,9 +59,14 @@ def test_ls_has_a_line_for_each_account(control: Control) -> None:
     done = tem("ls")
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["PID", "4712", "4711"]
+    assert [line.split()[0] for line in lines[1:4]] == ["PID", "4712", "4711"]
+    assert lines[4:] == ["  chat/4712, 10,239 blocks: 500 in use, 1,500 cached, 48 free, 8,191 parked"]
     listed = json.loads(tem("ls", "--json").stdout)
-    assert [each["name"] for each in listed[machine().devices[0].uuid]] == ["chat", "fine-tune"]
+    found = {each["name"]: each["blocks"] for each in listed[machine().devices[0].uuid]}
+    assert found == {
+        "chat": {"in_use": 500, "cached": 1500, "free": 48, "parked": 8191},
+        "fine-tune": None,
+    }
 
 
 def test_ls_of_nothing_exits_with_1(control: Control) -> None:

@@ -272,6 +272,21 @@ def test_what_is_held_and_idle_is_reported(opened: Opened, broker: Scripted) -> 
     assert reports[-1] == Report(number, 1 << 2, 8 * MiB, 6 * MiB)
 
 
+def test_what_an_engine_says_of_its_blocks_is_reported_once(opened: Opened, broker: Scripted) -> None:
+    account, number = opened()
+    account.note_blocks(1, 2, 3, 4)
+    assert broker.await_count(Report, 1)[-1] == Report(number, 0, 0, 0, 1, 2, 3, 4)
+    account.note_blocks(1, 2, 3, 4)
+    account.note_blocks(2, 2, 2, 4)
+    assert broker.await_count(Report, 2) == [
+        Report(number, 0, 0, 0, 1, 2, 3, 4),
+        Report(number, 0, 0, 0, 2, 2, 2, 4),
+    ]
+    account.close()
+    with pytest.raises(tem.ClosedError):
+        account.note_blocks(0, 0, 0, 0)
+
+
 def test_a_denied_group_leaves_nothing_behind(arena: tem.Arena, opened: Opened, broker: Scripted) -> None:
     def deny(demand: Demand) -> Message:
         return Denied(OUT_OF_MEMORY, "rank 1 cannot have its part")

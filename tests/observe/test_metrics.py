@@ -82,6 +82,16 @@ def test_an_account_is_told_with_what_it_gave_and_took() -> None:
         assert value(samples, name, **labels) == size
 
 
+def test_an_engine_is_told_with_what_is_in_its_blocks() -> None:
+    told = {
+        dict(labels)["state"]: count
+        for (name, labels), count in exported(machine()).items()
+        if name == "tem_account_blocks" and dict(labels)["account"] == "chat"
+    }
+    assert told == {"in_use": 500, "cached": 1500, "free": 48, "parked": 8191}
+    assert not any(name == "tem_account_blocks" for name, _ in exported(machine(device(account()))))
+
+
 def test_the_broker_is_told_too() -> None:
     samples = exported(machine(device(account(state="debtor"), serving())))
     assert value(samples, "tem_build_info", version="0.1.0") == 1

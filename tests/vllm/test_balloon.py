@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.vllm.pools import cached, fill, free_ids, leave, pool_of, take, unhashed_first
-from torch_elastic_mem.integrations.vllm.balloon import Balloon
+from torch_elastic_mem.integrations.vllm.balloon import Balloon, Counts
 
 
 def blocks_of(balloon: Balloon, chunks: list[int]) -> set[int]:
@@ -21,6 +21,18 @@ def test_the_pool_hands_out_blocks_of_resident_chunks_only() -> None:
     assert {block.block_id for block in pool.get_new_blocks(11)} == set(range(1, 12))
     with pytest.raises(ValueError):
         pool.get_new_blocks(1)
+
+
+def test_every_block_but_the_null_block_is_in_one_state() -> None:
+    pool = pool_of(32)
+    balloon = Balloon(pool, 4, resident=5)
+    assert balloon.counts() == Counts(in_use=0, cached=0, free=19, parked=12)
+    leave(pool, [4, 5, 6])
+    held = take(pool, [6, 9])
+    assert balloon.counts() == Counts(in_use=2, cached=2, free=15, parked=12)
+    pool.free_blocks(held)
+    balloon.park([1])
+    assert balloon.counts() == Counts(in_use=0, cached=0, free=15, parked=16)
 
 
 def test_the_chunk_of_the_null_block_is_neither_parked_nor_offered() -> None:

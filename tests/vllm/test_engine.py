@@ -137,6 +137,7 @@ def test_under_tem_run_it_is_a_tenant_of_the_machines_broker(
             (chat,) = (each for device in control.state().devices for each in device.accounts)
         assert (chat.name, chat.priority) == ("chat", "serving")
         assert 0 < chat.held <= 40 * MiB
+        assert chat.blocks is not None, "people see what is in its blocks"
     finally:
         _, err = program.communicate("\n", timeout=LONG)
     assert program.returncode == 0, err[-3000:]

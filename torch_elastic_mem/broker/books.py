@@ -234,8 +234,7 @@ class Books:
 
     def report(self, session: Session, message: Report) -> None:
         """Notes what an account has in use."""
-        holder = self._of(session, message.account)
-        holder.rungs, holder.held, holder.idle = message.rungs, message.held, message.idle
+        self._of(session, message.account).report(message)
 
     # What happens to processes.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import msgspec
+
 from torch_elastic_mem import _C
-from torch_elastic_mem.broker.protocol import UNLIMITED, Limits
+from torch_elastic_mem.broker.protocol import UNLIMITED, Limits, Report
 from torch_elastic_mem.broker.session import Session
-from torch_elastic_mem.broker.state import AccountState
+from torch_elastic_mem.broker.state import AccountState, BlocksState
 
 # An account that has yielded to its class does not make its class yield for so long: else two that both want
 # more than their share take the same bytes from each other in turn.
@@ -25,7 +27,7 @@ class Holder:
         wanted: what its process asked for; `limits` are in force, with what the operator has set.
         ledger_name: what the ledger's messages call it.
         prepared: the part of its lease that its process has not been told of.
-        held, idle: as last reported. rungs: a bit for each that it has reclaimers for.
+        held, idle, blocks: as last reported. rungs: a bit for each that it has reclaimers for.
         connected: its process can be spoken to. died: when the process was seen to be gone.
         cool: when it may make its own class yield again.
     """
@@ -43,6 +45,7 @@ class Holder:
     held: int = 0
     idle: int = 0
     rungs: int = 0
+    blocks: BlocksState | None = None
     connected: bool = True
     died: float | None = None
     used_at_death: int = 0
@@ -79,6 +82,12 @@ class Holder:
     def called(self, name: str) -> bool:
         """It is meant by an operator who says `name`."""
         return name in (self.name, self.title, self.priority)
+
+    def report(self, said: Report) -> None:
+        """Takes what its process says of it."""
+        self.rungs, self.held, self.idle = said.rungs, said.held, said.idle
+        blocks = BlocksState(said.in_use, said.cached, said.free, said.parked)
+        self.blocks = blocks if any(msgspec.structs.astuple(blocks)) else None
 
     def note_yield(self, now: float, seconds: float) -> None:
         """Keeps how long it took to give."""
@@ -119,4 +128,5 @@ class Holder:
             denied=self.denied,
             recent_yields=len(self.yields),
             slowest_yield=max((seconds for _, seconds in self.yields), default=0.0),
+            blocks=self.blocks,
         )

@@ -140,13 +140,20 @@ class Bye(Message, frozen=True, gc=False):
 
 
 class Report(Message, frozen=True, gc=False):
-    """What an account has in use, and the rungs that it has reclaimers for, a bit each."""
+    """What an account has in use, and the rungs that it has reclaimers for, a bit each.
 
-    TYPE, WIRE = 10, "I I Q Q"
+    Of an engine also its blocks by what is in them; zeros of anybody else.
+    """
+
+    TYPE, WIRE = 10, "I I Q Q I I I I"
     account: int
     rungs: int
     held: int
     idle: int
+    in_use: int = 0
+    cached: int = 0
+    free: int = 0
+    parked: int = 0
 
 
 class Pass(Message, frozen=True, gc=False):

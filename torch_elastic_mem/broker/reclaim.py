@@ -8,6 +8,7 @@ from torch_elastic_mem.broker.accounts import Accounts
 from torch_elastic_mem.broker.asks import Asks
 from torch_elastic_mem.broker.holder import Holder
 from torch_elastic_mem.broker.need import Need, Queued, reserve_need, shrink_need
+from torch_elastic_mem.broker.protocol import EVICT
 from torch_elastic_mem.broker.queue import Queue
 
 # Of bytes missing, what accounts can give, and what they were asked for already: whom to ask for how much.
@@ -112,6 +113,7 @@ class Reclaim:
                 if each.id not in need.exhausted and each.offers(need.rung)
             }
             planned = plan(missing, givable, asked) if givable else []
+            planned = self._with_unused(need, missing, givable, planned)
             for number, bytes in planned:
                 holder = self._accounts.holders[number]
                 same = isinstance(need, Queued) and need.holder.limits.value == holder.limits.value
@@ -121,6 +123,27 @@ class Reclaim:
             if not need.climb():
                 need.rest(now)
                 return 0
+
+    def _with_unused(
+        self, need: Need, missing: int, givable: dict[int, int], planned: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """A plan, and what its peers only keep warm.
+
+        A share protects what is in use. What comes at the two cheapest rungs is not: it goes to whoever of
+        the class needs it, be they above their share.
+        """
+        if not isinstance(need, Queued) or need.rung > EVICT:
+            return planned
+        me = need.holder
+        left = min(missing, max(0, me.limits.high - me.lease)) - sum(bytes for _, bytes in planned)
+        asks = dict(planned)
+        peers = [each for each in self._accounts.holders.values() if each.limits.value == me.limits.value]
+        for peer in sorted(peers, key=lambda each: -each.lease):
+            room = givable.get(peer.id, 0) - asks.get(peer.id, 0) - max(0, peer.limits.low - peer.limits.min)
+            if peer is not me and left > 0 and room > 0:
+                asks[peer.id] = asks.get(peer.id, 0) + min(left, room)
+                left -= min(left, room)
+        return list(asks.items())
 
     def _victims(self, demander: Holder, now: float) -> list[Holder]:
         value = demander.limits.value

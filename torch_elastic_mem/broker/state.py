@@ -5,6 +5,20 @@ from __future__ import annotations
 import msgspec
 
 
+class BlocksState(msgspec.Struct, frozen=True):
+    """An engine's blocks, as it last reported; together they are all of them.
+
+    Attributes:
+        in_use: requests hold them. cached: no request does, and a prefix is kept in them.
+        free: they have memory, and nothing is in them. parked: they have no memory.
+    """
+
+    in_use: int
+    cached: int
+    free: int
+    parked: int
+
+
 class AccountState(msgspec.Struct, frozen=True, kw_only=True):
     """An account of a process.
 
@@ -22,6 +36,7 @@ class AccountState(msgspec.Struct, frozen=True, kw_only=True):
         waiting: bytes of its demands that are queued.
         given: yielded since it was opened. taken: granted since then. denied: demands refused.
         recent_yields: times it gave in the last minute. slowest_yield: seconds, of those.
+        blocks: of an engine; None of anybody else.
     """
 
     pid: int
@@ -46,6 +61,7 @@ class AccountState(msgspec.Struct, frozen=True, kw_only=True):
     denied: int
     recent_yields: int
     slowest_yield: float
+    blocks: BlocksState | None = None
 
 
 class SharerState(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from torch_elastic_mem.broker.books import Books
 from torch_elastic_mem.broker.grace import Grace
+from torch_elastic_mem.broker.protocol import Report
 
 
 class Notes(NamedTuple):
@@ -21,11 +22,11 @@ class Notes(NamedTuple):
 
     Attributes:
         grants: nanoseconds of the monotonic clock, books, account and bytes of each, in order.
-        reports: books, account, rungs, held and idle; the last of each account.
+        reports: books, and what was said to them; the last of each account.
     """
 
     grants: list[tuple[int, Books, int, int]]
-    reports: list[tuple[Books, int, int, int, int]]
+    reports: list[tuple[Books, Report]]
 
 
 class Tills:
@@ -50,7 +51,7 @@ class Tills:
         for books in self._books.values():
             grants, reports = books.accounts.till.take_notes()
             taken.grants.extend((at, books, account, bytes) for account, bytes, at in grants)
-            taken.reports.extend((books, *report) for report in reports)
+            taken.reports.extend((books, Report(*report)) for report in reports)
         taken.grants.sort(key=itemgetter(0))
         return taken
 
@@ -59,9 +60,8 @@ class Tills:
         """Writes it down."""
         for at, books, account, bytes in notes.grants:
             books.demands.note(books.accounts.holders[account], bytes, at / 1e9, at / 1e9)
-        for books, account, rungs, held, idle in notes.reports:
-            holder = books.accounts.holders[account]
-            holder.rungs, holder.held, holder.idle = rungs, held, idle
+        for books, report in notes.reports:
+            books.accounts.holders[report.account].report(report)
 
     def open(self) -> None:
         """At the end of a turn: opens each till at which nothing needs a decision, and closes the others."""

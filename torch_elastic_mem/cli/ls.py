@@ -15,7 +15,7 @@ def ls(ctx: click.Context, as_json: bool) -> None:
 
     The exit code is 1 if there are none.
     """
-    from torch_elastic_mem.screen.cells import account_cells, aligned, title
+    from torch_elastic_mem.screen.cells import account_cells, aligned, blocks, title
 
     with connect() as client:
         state = client.state()
@@ -25,6 +25,8 @@ def ls(ctx: click.Context, as_json: bool) -> None:
         if device.accounts and not as_json:
             click.echo(title(device))
             for line in aligned([account_cells(account) for account in device.accounts]):
+                click.echo(f"  {line}")
+            for line in filter(None, map(blocks, device.accounts)):
                 click.echo(f"  {line}")
     if not any(device.accounts for device in state.devices):
         click.echo("tem: no process has an account", err=True)

@@ -6,7 +6,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from torch_elastic_mem.broker.state import DeviceState, Event, MachineState
+import msgspec
+
+from torch_elastic_mem.broker.state import AccountState, DeviceState, Event, MachineState
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -140,6 +142,12 @@ def _accounts(state: MachineState) -> Iterator[Metric]:
     }
     for field, text in gauges.items():
         yield _gauge(f"tem_account_{field}_bytes", text, _ACCOUNT, _of_accounts(state, field))
+    yield _gauge(
+        "tem_account_blocks",
+        "Blocks of an engine, by what is in them.",
+        (*_ACCOUNT, "state"),
+        _blocks(state),
+    )
     counters = {
         "tem_account_given_bytes": ("given", "Yielded since the account was opened."),
         "tem_account_taken_bytes": ("taken", "Granted since the account was opened."),
@@ -149,13 +157,26 @@ def _accounts(state: MachineState) -> Iterator[Metric]:
         yield _counter(name, text, _ACCOUNT, _of_accounts(state, field))
 
 
-def _of_accounts(state: MachineState, field: str) -> dict[Labels, float]:
-    """A field by account. What a process calls by one name, in several arenas, is one series."""
-    values: dict[Labels, float] = {}
+def _labelled(state: MachineState) -> Iterator[tuple[Labels, AccountState]]:
+    """The accounts. What a process calls by one name, in several arenas, has the same labels."""
     for device in state.devices:
         for account in device.accounts:
-            labels = device.uuid, account.name, account.process, str(account.pid), account.priority
-            values[labels] = values.get(labels, 0) + getattr(account, field)
+            yield (device.uuid, account.name, account.process, str(account.pid), account.priority), account
+
+
+def _of_accounts(state: MachineState, field: str) -> dict[Labels, float]:
+    """A field by account, those of the same labels added up."""
+    values: dict[Labels, float] = {}
+    for labels, account in _labelled(state):
+        values[labels] = values.get(labels, 0) + getattr(account, field)
+    return values
+
+
+def _blocks(state: MachineState) -> dict[Labels, float]:
+    values: dict[Labels, float] = {}
+    for labels, account in _labelled(state):
+        for kind, count in msgspec.to_builtins(account.blocks or {}).items():
+            values[*labels, kind] = values.get((*labels, kind), 0) + count
     return values
 
 

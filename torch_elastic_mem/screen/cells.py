@@ -26,6 +26,18 @@ def account_cells(account: AccountState) -> tuple[str, ...]:
     )
 
 
+def blocks(account: AccountState) -> str:
+    """An engine's blocks in a line; empty for anybody else."""
+    of = account.blocks
+    if of is None:
+        return ""
+    whole = of.in_use + of.cached + of.free + of.parked
+    return (
+        f"{printable(account.name)}/{account.pid}, {whole:,} blocks: {of.in_use:,} in use, "
+        f"{of.cached:,} cached, {of.free:,} free, {of.parked:,} parked"
+    )
+
+
 def limits(account: AccountState) -> str:
     """The limits that say something: those that are not where they are by default."""
     said = [("min", account.min or None), ("low", account.low or None)]

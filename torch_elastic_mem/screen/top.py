@@ -9,7 +9,7 @@ from rich.text import Text
 
 from torch_elastic_mem.broker.state import DeviceState, MachineState, SharedState
 from torch_elastic_mem.screen.bar import bar, class_style, legend
-from torch_elastic_mem.screen.cells import COLUMNS, RIGHT, account_cells, headline, printable, title
+from torch_elastic_mem.screen.cells import COLUMNS, RIGHT, account_cells, blocks, headline, printable, title
 from torch_elastic_mem.units import format_bytes
 
 _STATE_STYLES = {"ok": "green", "asked": "yellow", "debtor": "bold red", "lost": "red", "dying": "red"}
@@ -42,6 +42,8 @@ def device_panel(device: DeviceState, width: int) -> Panel:
     shown += [Text(_shared(each), style="dim") for each in device.shared]
     if device.accounts:
         shown += ["", accounts_table(device, width)]
+        if said := [line for line in map(blocks, device.accounts) if line]:
+            shown += ["", *(Text(line, style="dim") for line in said)]
     return Panel(Group(*shown), title=Text(title(device)), padding=(0, 2))
 
 
