@@ -32,7 +32,7 @@ PAGE = 2 * MIB
 EXTENT = 64 * MIB
 # Stays free on the device, as the broker's lower mark: a device with nothing free makes every create wait.
 FREE = {"host": 0, "cuda": 256 * MIB}
-_GIL_SECONDS = 0.5
+_GIL_SECONDS = 2.0
 # Of a GPU, for the contexts of the run's processes, where the broker cannot see them.
 _CONTEXTS = 5 << 30
 # The broker looks at a GPU ten times a second, and must have seen a context before the rest is filled.

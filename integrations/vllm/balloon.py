@@ -141,6 +141,11 @@ class Balloon:
             costs.append(Cost(len(places), max(places, default=-1), -chunk))
         return [-cost.chunk for cost in sorted(costs)[:count]]
 
+    @property
+    def free_blocks(self) -> int:
+        """Those that the pool can hand out: unused, and cached without a holder."""
+        return self._pool.get_num_free_blocks()
+
     def unused(self, most: int) -> int:
         """Free blocks with nothing cached in them, counted up to `most` or so. vLLM hands these out first.
 

@@ -147,8 +147,8 @@ class ElasticCache:
         if self.account.device.backend == "cuda":
             self._stream = torch.cuda.current_stream()
 
-    def ensure(self, chunks: Iterable[int], timeout: float | None = None) -> None:
-        """Puts memory under all of the chunks or none.
+    def ensure(self, chunks: Iterable[int], rung: str = "pause", timeout: float | None = None) -> None:
+        """Puts memory under all of the chunks or none; others are asked for it up to the rung.
 
         Raises:
             OutOfMemory: the memory is not to be had.
@@ -159,7 +159,7 @@ class ElasticCache:
             try:
                 for part, layers in self._parts:
                     numbers = self._in_layers(blocks, layers)
-                    part.ensure(numbers, timeout=timeout)
+                    part.ensure(numbers, timeout=timeout, rung=rung)
                     done.append((part, numbers))
             except BaseException:
                 for part, numbers in done:

@@ -83,10 +83,13 @@ class Controller:
         unused = self.balloon.unused(ahead)
         if unused >= ahead or not self.balloon.parked:
             return
-        missing = needed() - unused
-        self._grow(max(ahead - unused, missing))
+        wanted = needed()
+        missing = wanted - unused
+        # What is cached and free would serve as well, at the cost of a prefix.
+        short = self.balloon.free_blocks < max(ahead, wanted)
+        self._grow(max(ahead - unused, missing), short)
         deadline = time.monotonic() + PATIENCE
-        while missing > 0 and not self.grower.resting and (left := deadline - time.monotonic()) > 0:
+        while missing > 0 and not self.grower.resting(short) and (left := deadline - time.monotonic()) > 0:
             if not self.grower.coming:
                 break
             self.grower.wait(left)
@@ -108,7 +111,7 @@ class Controller:
         """The part in use of the blocks that are to be had: of all, until memory is refused."""
         with self.lock:
             blocks = self._cache.num_blocks - 1
-            if self.grower.resting:
+            if self.grower.resting():
                 blocks -= self.balloon.parked_blocks
             return self.balloon.in_use() / blocks if blocks > 0 else 0.0
 
@@ -159,7 +162,7 @@ class Controller:
         with self.lock:
             chunks = list(self._away)
         if chunks:
-            self._cache.ensure(chunks, timeout)
+            self._cache.ensure(chunks, timeout=timeout)
             with self.lock:
                 self._away.clear()
 
@@ -183,13 +186,13 @@ class Controller:
                 demand.served.set()
             self._demands.clear()
 
-    def _grow(self, blocks: int) -> None:
-        if self.grower.resting:
+    def _grow(self, blocks: int, short: bool) -> None:
+        if self.grower.resting(short):
             return
         coming = self.grower.coming
         chunks = -(-blocks // self._cache.chunk_blocks) - len(coming)
         if chunks > 0:
-            self.grower.ask(self.balloon.next_out(chunks, coming))
+            self.grower.ask(self.balloon.next_out(chunks, coming), short)
 
     def _asked(self, nbytes: int, timeout: float, preempting: bool) -> None:
         demand = Demand(nbytes, preempting)

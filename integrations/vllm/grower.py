@@ -13,6 +13,9 @@ log = logging.getLogger("vllm.torch_elastic_mem")
 
 # After a refusal nothing is asked for this long: whoever holds the memory has just been asked for it.
 REST = 0.1
+# The dearest that others may be asked for: what is unused and cached of lower classes, while an engine would
+# rather not give up what it has cached itself; everything, once it has not even that.
+WARM, SHORT = "evict", "pause"
 # Chunks mapped by one call; each call is all or nothing.
 BATCH = 8
 
@@ -20,8 +23,8 @@ BATCH = 8
 class Memory(Protocol):
     """What gives memory to chunks, all of them or none."""
 
-    def ensure(self, chunks: list[int]) -> None:
-        """Raises OutOfMemory where there is none."""
+    def ensure(self, chunks: list[int], rung: str) -> None:
+        """Raises OutOfMemory where there is none, others asked up to that rung."""
 
 
 class Grower:
@@ -37,7 +40,9 @@ class Grower:
         self._asked: list[int] = []  # all below are guarded by the condition
         self._at_work: list[int] = []
         self._ready: list[int] = []
+        self._short = False
         self._refused_at = -REST
+        self._refused_short = False
         self._closed = False
         self.refusals = 0
         self._thread = threading.Thread(target=self._run, name="tem-grow", daemon=True)
@@ -49,16 +54,22 @@ class Grower:
         with self._changed:
             return [*self._asked, *self._at_work, *self._ready]
 
-    @property
-    def resting(self) -> bool:
-        """Whether memory has just been refused."""
+    def resting(self, short: bool = False) -> bool:
+        """Whether memory has just been refused to one in such a need."""
         with self._changed:
-            return time.monotonic() - self._refused_at < REST
+            refused = self._refused_short or not short
+            return refused and time.monotonic() - self._refused_at < REST
 
-    def ask(self, chunks: list[int]) -> None:
-        """Wants memory under these chunks; `take` brings those that have it."""
+    def ask(self, chunks: list[int], short: bool = False) -> None:
+        """Wants memory under these chunks; `take` brings those that have it.
+
+        Args:
+            chunks: which.
+            short: there is nothing else that the engine could use.
+        """
         with self._changed:
             self._asked += chunks
+            self._short |= short
             self._changed.notify_all()
 
     def take(self) -> list[int]:
@@ -98,22 +109,23 @@ class Grower:
                 if self._closed:
                     return
                 chunks, self._asked = self._asked[:BATCH], self._asked[BATCH:]
-                self._at_work = chunks
-            got = self._grow(chunks)
+                self._at_work, short = chunks, self._short
+                self._short = short and bool(self._asked)
+            got = self._grow(chunks, SHORT if short else WARM)
             with self._changed:
                 self._at_work = []
                 self._ready += got
                 if len(got) < len(chunks):
                     # Not all of it is to be had: what else was asked for is not either.
                     self._asked.clear()
-                    self._refused_at = time.monotonic()
+                    self._refused_at, self._refused_short = time.monotonic(), short
                     self.refusals += 1
                 self._changed.notify_all()
 
-    def _grow(self, chunks: list[int]) -> list[int]:
+    def _grow(self, chunks: list[int], rung: str) -> list[int]:
         """Those that got memory: all, or as many of the first as there is room for."""
         try:
-            self._memory.ensure(chunks)
+            self._memory.ensure(chunks, rung)
             return chunks
         except OutOfMemory as error:
             if self.refusals == 0:
@@ -124,7 +136,7 @@ class Grower:
         got = []
         for chunk in chunks if len(chunks) > 1 else ():
             try:
-                self._memory.ensure([chunk])
+                self._memory.ensure([chunk], rung)
             except TemError:
                 break
             got.append(chunk)

@@ -22,6 +22,7 @@ from torch_elastic_mem.broker.protocol import (
     Message,
     Open,
     Opened,
+    Passed,
     Refused,
     Report,
     Return,
@@ -171,7 +172,7 @@ class Player:
         return found
 
     def answer(self, number: int) -> Message | None:
-        found = [message for at, message in self.inbox if at == number and not isinstance(message, Ask)]
+        found = [message for at, message in self.inbox if at == number and not isinstance(message, Ask | Passed)]
         assert len(found) <= 1, "answered twice"
         return found[0] if found else None
 

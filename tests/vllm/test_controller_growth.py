@@ -18,6 +18,7 @@ from torch_elastic_mem.integrations.vllm.balloon import Balloon
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache
 from torch_elastic_mem.integrations.vllm.compat import Region
 from torch_elastic_mem.integrations.vllm.controller import Controller
+from torch_elastic_mem.integrations.vllm.grower import SHORT, WARM
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -40,10 +41,10 @@ def test_unused_blocks_ahead_of_need_are_asked_for_and_not_waited_for(small: Eng
 def test_what_is_coming_is_not_asked_for_again(small: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, calls, ensure = threading.Event(), [], small.cache.ensure
 
-    def slow(chunks: list[int]) -> None:
+    def slow(chunks: list[int], rung: str) -> None:
         calls.append(list(chunks))
         gate.wait()
-        ensure(chunks)
+        ensure(chunks, rung)
 
     monkeypatch.setattr(small.cache, "ensure", slow)
     small.step(ahead=3)
@@ -91,9 +92,9 @@ def test_a_refused_growth_leaves_the_pool_as_it_is_and_is_not_waited_for(
 ) -> None:
     asked, ask = [], small.controller.grower.ask
 
-    def noted(chunks: list[int]) -> None:
+    def noted(chunks: list[int], short: bool) -> None:
         asked.append(list(chunks))
-        ask(chunks)
+        ask(chunks, short)
 
     monkeypatch.setattr(small.controller.grower, "ask", noted)
     small.pressing.grow(15 * CHUNK, timeout=LONG)
@@ -117,9 +118,9 @@ def test_memory_that_does_not_come_is_waited_for_no_longer_than_patience(
     monkeypatch.setattr(module, "PATIENCE", 0.01)
     gate, ensure = threading.Event(), small.cache.ensure
 
-    def slow(chunks: list[int]) -> None:
+    def slow(chunks: list[int], rung: str) -> None:
         gate.wait()
-        ensure(chunks)
+        ensure(chunks, rung)
 
     monkeypatch.setattr(small.cache, "ensure", slow)
     small.step(needed=9, ahead=9)
@@ -161,7 +162,7 @@ def test_parked_blocks_are_not_in_use_and_until_memory_is_refused_they_are_to_be
     assert small.controller.usage() == 1 / 31
     small.pressing.grow(15 * CHUNK, timeout=LONG)
     small.step(needed=9, ahead=9)
-    assert small.controller.grower.resting
+    assert small.controller.grower.resting()
     assert small.controller.usage() == 1.0
 
 
@@ -231,3 +232,20 @@ def test_a_short_last_chunk_does_not_count_where_it_frees_less(engines: list[Any
     assert len(odd.balloon.of(odd.cache.num_chunks - 1)) == 1
     odd.pressing.grow(odd.cache.freed_bytes, timeout=LONG)
     assert (odd.rungs(), odd.balloon.parked) == ({"evict"}, 2)
+
+
+def test_who_has_cached_blocks_to_use_asks_others_for_no_more_than_what_is_cheap(
+    small: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rungs, ensure = [], small.cache.ensure
+
+    def noted(chunks: list[int], rung: str) -> None:
+        rungs.append(rung)
+        ensure(chunks, rung)
+
+    monkeypatch.setattr(small.cache, "ensure", noted)
+    small.step(needed=3, ahead=3)
+    leave(small.pool, free_ids(small.pool))
+    small.step(needed=3, ahead=3)
+    small.controller.grower.wait(LONG)
+    assert rungs[0] == SHORT and set(rungs[1:]) == {WARM}, "the second time three blocks are free, though something is cached in them"

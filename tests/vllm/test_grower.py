@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 
 from torch_elastic_mem.errors import DriverError, OutOfMemory
 from torch_elastic_mem.integrations.vllm import grower as module
-from torch_elastic_mem.integrations.vllm.grower import BATCH, Grower
+from torch_elastic_mem.integrations.vllm.grower import BATCH, SHORT, WARM, Grower
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -25,13 +25,15 @@ class FakeMemory:
     def __init__(self) -> None:
         self.room = 10**6
         self.calls: list[list[int]] = []
+        self.rungs: list[str] = []
         self.errors: list[Exception | None] = []  # of the calls to come; None for none
         self.begun = threading.Event()
         self.gate = threading.Event()
         self.gate.set()
 
-    def ensure(self, chunks: list[int]) -> None:
+    def ensure(self, chunks: list[int], rung: str) -> None:
         self.calls.append(list(chunks))
+        self.rungs.append(rung)
         self.begun.set()
         self.gate.wait()
         if self.errors and (error := self.errors.pop(0)):
@@ -72,12 +74,34 @@ def settled(grower: Grower) -> list[int]:
     return taken
 
 
+def test_others_are_asked_for_all_they_have_only_by_who_is_short(grower: Grower, memory: FakeMemory) -> None:
+    grower.ask([1])
+    settled(grower)
+    grower.ask([2], short=True)
+    settled(grower)
+    grower.ask([3])
+    settled(grower)
+    assert memory.rungs == [WARM, SHORT, WARM]
+
+
+def test_a_refusal_of_what_is_cheap_does_not_keep_who_is_short_from_asking(
+    grower: Grower, memory: FakeMemory
+) -> None:
+    memory.room = 0
+    grower.ask([1])
+    settled(grower)
+    assert grower.resting() and not grower.resting(short=True)
+    grower.ask([1], short=True)
+    settled(grower)
+    assert grower.resting() and grower.resting(short=True)
+
+
 def test_what_was_asked_comes_back_once(grower: Grower, memory: FakeMemory) -> None:
     grower.ask([3, 4])
     grower.wait(LONG)
     assert grower.take() == [3, 4]
     assert (grower.take(), grower.coming, memory.calls) == ([], [], [[3, 4]])
-    assert not grower.resting and grower.refusals == 0
+    assert not grower.resting() and grower.refusals == 0
 
 
 def test_what_was_asked_is_coming_until_it_is_taken(grower: Grower, memory: FakeMemory) -> None:
@@ -107,7 +131,7 @@ def test_of_a_refused_batch_comes_what_there_is_room_for_one_by_one(
     grower.ask([6, 7, 8, 9])
     assert settled(grower) == [6, 7]
     assert memory.calls == [[6, 7, 8, 9], [6], [7], [8]], "it stops at the first that is refused"
-    assert grower.resting and grower.refusals == 1
+    assert grower.resting() and grower.refusals == 1
 
 
 def test_a_single_chunk_that_is_refused_is_not_tried_again(grower: Grower, memory: FakeMemory) -> None:
@@ -130,9 +154,9 @@ def test_it_does_not_rest_for_ever(
     memory.room = 0
     grower.ask([1])
     settled(grower)
-    assert grower.resting
+    assert grower.resting()
     monkeypatch.setattr(module, "REST", 0.0)
-    assert not grower.resting
+    assert not grower.resting()
     memory.room = 1
     grower.ask([1])
     assert settled(grower) == [1]
@@ -162,7 +186,7 @@ def test_another_error_is_logged_and_the_thread_survives_it(
     assert memory.calls == [[1, 2]], "what the driver refuses is not tried one by one"
     assert [record.levelno for record in log.records] == [logging.ERROR]
     assert "the driver's refusal" in log.text
-    assert grower.resting
+    assert grower.resting()
     grower.ask([1, 2])
     assert settled(grower) == [1, 2]
 

@@ -130,9 +130,10 @@ class Reclaim:
         """A plan, and what its peers only keep warm.
 
         A share protects what is in use. What comes at the two cheapest rungs is not: it goes to whoever of
-        the class needs it, be they above their share.
+        the class needs it, be they above their share. Who may only ask for what is cheap has something of its
+        own to live from.
         """
-        if not isinstance(need, Queued) or need.rung > EVICT:
+        if not isinstance(need, Queued) or need.rung > EVICT or need.top <= EVICT:
             return planned
         me = need.holder
         left = min(missing, max(0, me.limits.high - me.lease)) - sum(bytes for _, bytes in planned)
