@@ -60,7 +60,13 @@ class Taker(HandoverWorker):
     def give(self) -> None:
         """Gives it back, and the lease that an account keeps for its next growth too."""
         self._memory.close()
-        self.account.close()
+        # What came from another process is still being zeroed.
+        while True:
+            try:
+                self.account.close()
+                break
+            except tem.InUseError:
+                time.sleep(1e-4)
         self.account = self.arena.account(self._role, CLASSES[self._role])
 
 

@@ -71,7 +71,7 @@ class Tenant {
     const uint64_t number = ++request_;
     connection_.send(connection_.number(), encode(number, body));
     for (;;) {
-      const auto event = connection_.wait(deadline_in(10), message_);
+      const auto event = connection_.wait(deadline_in(10), message_, descriptors_);
       if (event != Connection::Event::kMessage)
         throw Error(Kind::kBroker,
                     event == Connection::Event::kGone ? "the broker has gone" : "the broker does not answer");
@@ -84,6 +84,7 @@ class Tenant {
 
   Connection connection_;
   Bytes message_;
+  std::vector<Fd> descriptors_;
   uint64_t request_ = 0;
   uint32_t account_ = 0;
 };
