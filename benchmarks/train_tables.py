@@ -146,7 +146,9 @@ def _yielded(model: str, rounds: Sequence[Mapping[str, Any]]) -> list[str]:
     """A drip that finds its memory free shows nothing."""
     met = sum(turn["drip"]["met"] for turn in rounds)
     yields = sum(len(turn["drip"]["yields_ms"]) for turn in rounds)
-    return target_row(f"{model}: demands that were yielded to", f"{yields} of {met}", "most", 2 * yields > met)
+    return target_row(
+        f"{model}: demands that were yielded to", f"{yields} of {met}", "most", 2 * yields > met
+    )
 
 
 def _speed(answers: Answers, over: str, under: str) -> Any:

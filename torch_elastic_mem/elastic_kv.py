@@ -162,9 +162,7 @@ class ElasticKVTensor:
         except TypeError:
             raise BlockError(f"{self.name}: block {block!r} is no block number") from None
 
-    def ensure(
-        self, blocks: Iterable[int], *, timeout: float | None = None, rung: str = "pause"
-    ) -> None:
+    def ensure(self, blocks: Iterable[int], *, timeout: float | None = None, rung: str = "pause") -> None:
         """Makes blocks resident and held; those held already stay so. All or nothing.
 
         Memory that another tenant wrote to reads as zeros, in the order of the current stream. Lower classes
@@ -178,8 +176,8 @@ class ElasticKVTensor:
                 again, as cached prefixes; "spill", "shrink" and "pause" cost those their work.
 
         Raises:
-            InvalidArgument: no such rung. BlockError: a block out of range. OutOfMemory: the memory is not to be had. Everything is as
-                before.
+            InvalidArgument: no such rung. BlockError: a block out of range. OutOfMemory: the memory is not
+                to be had. Everything is as before.
         """
         self._core.ensure(blocks, self.stream(), self._account.device.seconds(timeout), rung)
 

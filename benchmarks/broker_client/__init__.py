@@ -13,7 +13,10 @@ from benchmarks.worker import WorkerError
 
 _SOURCES = Path(__file__).parent
 _CSRC = _SOURCES.parents[1] / "csrc"
-_PARTS = [_CSRC / name for name in ("client/connection.cpp", "client/wire.cpp", "core/fd_message.cpp")]
+_PARTS = [
+    _CSRC / name
+    for name in ("client/connection.cpp", "client/wire.cpp", "core/fd_message.cpp", "core/fork.cpp")
+]
 _SIZE = 2 << 20
 
 

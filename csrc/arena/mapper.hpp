@@ -42,8 +42,8 @@ class Mapper {
   /// Releases spares beyond `keep` bytes. A refusing driver leaves the rest spare and throws.
   void shrink_spare(size_t keep) { spare_.shrink_to(keep); }
 
-  /// Lets spares beyond `keep` bytes go to another process, the largest first, none in part. A refusing driver
-  /// costs what it refuses, and throws.
+  /// Lets spares beyond `keep` bytes go to another process, the largest first, none in part. A refusing
+  /// driver costs what it refuses, and throws.
   void pass_spare(size_t keep, Passing& passing);
 
   /// Takes over as spares what another process has passed on; what the driver refuses goes to the device.

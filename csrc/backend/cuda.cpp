@@ -115,7 +115,7 @@ class CudaBackend final : public Backend {
           [&] { return "cuMemExportToShareableHandle(handle " + std::to_string(handle) + ")"; });
     // The driver does not say whether a child started by exec inherits it.
     ::fcntl(fd, F_SETFD, FD_CLOEXEC);
-    return Fd(fd);
+    return Fd::not_for_children(fd);
   }
 
   Handle import_fd(const Fd& fd) override {

@@ -89,6 +89,15 @@ size_t physical_memory() {
 
 std::string span(Address at, size_t bytes) { return "(" + hex(at) + ", " + format_bytes(bytes); }
 
+/// Gives all pages memory at once. False where the kernel cannot.
+bool populate(void* memory, size_t bytes) {
+#ifdef MADV_POPULATE_WRITE
+  return ::madvise(memory, bytes, MADV_POPULATE_WRITE) == 0;
+#else
+  return false;
+#endif
+}
+
 class HostBackend final : public Backend {
  public:
   explicit HostBackend(size_t capacity) : budget_{capacity, 0}, space_(kGranularity) {
@@ -168,11 +177,10 @@ class HostBackend final : public Backend {
   void zero(Address at, size_t bytes, Stream stream) override {
     if (stream != 0) hand_streams().get("zero", stream);
     if (auto bad = space_.check_access(at, bytes)) refuse("zero" + span(at, bytes) + ")", bad);
-#ifdef MADV_POPULATE_WRITE
-    // All pages at once, where the kernel can: memset would fault for each.
-    ::madvise(reinterpret_cast<void*>(at), bytes, MADV_POPULATE_WRITE);
-#endif
-    std::memset(reinterpret_cast<void*>(at), 0, bytes);
+    // New pages in place of the old ones, all at once: memset would fault for each.
+    auto* const memory = reinterpret_cast<void*>(at);
+    if (::madvise(memory, bytes, MADV_REMOVE) == 0 && populate(memory, bytes)) return;
+    std::memset(memory, 0, bytes);
   }
 
   EventId record(Stream stream) override {

@@ -18,7 +18,8 @@ using Unlocked = py::call_guard<NoGil>;
 
 Rung reclaimer_rung(const std::string& name) {
   const Rung rung = rung_from(name);
-  if (rung == Rung::kTrim) throw Error(Kind::kInvalid, "trim needs no reclaimer; use evict, spill, shrink or pause");
+  if (rung == Rung::kTrim)
+    throw Error(Kind::kInvalid, "trim needs no reclaimer; use evict, spill, shrink or pause");
   return rung;
 }
 

@@ -11,9 +11,9 @@
 #include "bindings/bindings.hpp"
 #include "bindings/export.hpp"
 #include "core/error.hpp"
+#include "core/fd_message.hpp"
 #include "ipc/attached.hpp"
 #include "ipc/in_hand.hpp"
-#include "core/fd_message.hpp"
 
 namespace tem {
 namespace {

@@ -187,12 +187,11 @@ bool Teller::answer(Connection& connection, const char* message, size_t bytes) {
     }
     case client::Type::kReport: {
       const auto report = body<client::Report>(message, bytes);
-      return report &&
-             till.report(connection.session, report->account,
-                         {report->rungs,
-                          report->held,
-                          report->idle,
-                          {report->in_use, report->cached, report->free, report->parked}});
+      return report && till.report(connection.session, report->account,
+                                   {report->rungs,
+                                    report->held,
+                                    report->idle,
+                                    {report->in_use, report->cached, report->free, report->parked}});
     }
     default:
       return false;

@@ -175,8 +175,7 @@ void Client::on_refused(const Header& header, const Error& why) {
 
 /// Comes before the grant that it belongs to: till then it is not this process's.
 void Client::on_passed(const Header& header, const PassedOn& passed, std::vector<Fd> descriptors) {
-  for (Fd& descriptor : descriptors)
-    passed_[header.request].push_back({passed.bytes, std::move(descriptor)});
+  for (Fd& descriptor : descriptors) passed_[header.request].push_back({passed.bytes, std::move(descriptor)});
 }
 
 void Client::on_grant(const Header& header, const Granted& granted) {
@@ -195,7 +194,8 @@ void Client::on_grant(const Header& header, const Granted& granted) {
   std::optional<Error> error;
   bool taken = false;
   try {
-    taken = arena_->leased(*id, granted.bytes, take, passed ? std::move(passed.mapped()) : std::vector<Passed>());
+    taken =
+        arena_->leased(*id, granted.bytes, take, passed ? std::move(passed.mapped()) : std::vector<Passed>());
   } catch (const Error& closed) {
     error = closed;
   }
@@ -258,9 +258,8 @@ void Client::on_ask(const Header& header, const Ask& ask) {
   const Deadline deadline = deadline_in(static_cast<double>(ask.timeout) * 0.9e-6);
   add_chore([id = *id, rest, worst, deadline, demander, left, answer](Arena& arena) {
     try {
-      arena.yield(id, rest, worst, deadline, demander, left, [&](size_t bytes, std::vector<Passed> more) {
-        answer(bytes, 0, false, std::move(more));
-      });
+      arena.yield(id, rest, worst, deadline, demander, left,
+                  [&](size_t bytes, std::vector<Passed> more) { answer(bytes, 0, false, std::move(more)); });
     } catch (const Error&) {
       // Closed meanwhile: what it held came back by itself.
     }

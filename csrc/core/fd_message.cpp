@@ -51,7 +51,7 @@ Received receive_message(int socket, void* message, size_t bytes) {
     for (size_t i = 0; i < count; ++i) {
       int number = -1;
       std::memcpy(&number, CMSG_DATA(entry) + i * sizeof number, sizeof number);
-      out.fds.emplace_back(number);
+      out.fds.push_back(Fd::not_for_children(number));
     }
   }
   return out;

@@ -17,10 +17,10 @@ constexpr size_t kMostFds = 253;
 int send_message(int socket, const void* message, size_t bytes, const std::vector<Fd>& fds);
 
 struct Received {
-  size_t bytes = 0;   // 0: the other side has gone
-  int error = 0;      // the system's number; EAGAIN: nothing is there yet
-  bool lost = false;  // descriptors found no room
-  std::vector<Fd> fds;
+  size_t bytes = 0;     // 0: the other side has gone
+  int error = 0;        // the system's number; EAGAIN: nothing is there yet
+  bool lost = false;    // descriptors found no room
+  std::vector<Fd> fds;  // not for children
 };
 Received receive_message(int socket, void* message, size_t bytes);
 

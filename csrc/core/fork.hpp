@@ -9,6 +9,11 @@ namespace tem {
 /// Counts the forks that led to this process since the library was loaded. Costs one relaxed load.
 uint64_t fork_generation() noexcept;
 
+/// Has children of fork() close a descriptor at once. False if it cannot be noted: its number is too high.
+bool close_in_children(int descriptor) noexcept;
+/// Takes that back.
+void leave_to_children(int descriptor) noexcept;
+
 /// Remembers the process an object was made in.
 class BornHere {
  public:

@@ -172,7 +172,9 @@ class Player:
         return found
 
     def answer(self, number: int) -> Message | None:
-        found = [message for at, message in self.inbox if at == number and not isinstance(message, Ask | Passed)]
+        found = [
+            message for at, message in self.inbox if at == number and not isinstance(message, Ask | Passed)
+        ]
         assert len(found) <= 1, "answered twice"
         return found[0] if found else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,7 @@ def file_under(address: int) -> int:
     return 0
 
 
-def grow_with(
-    broker: Scripted, memory: ElasticRange, nbytes: int, passed: list[tuple[int, int]]
-) -> None:
+def grow_with(broker: Scripted, memory: ElasticRange, nbytes: int, passed: list[tuple[int, int]]) -> None:
     """Grows, and the broker grants it with memory passed on."""
     broker.policy = lambda demand: None
     demands = len(broker.got(Demand))
@@ -170,3 +169,31 @@ def test_a_grant_that_nobody_waits_for_any_more_takes_its_memory_back(
     broker.await_count(Return, 1)
     assert returned() > 0
     assert arena.snapshot().created <= sum(broker.charged.values())
+
+
+def descriptors_of(files: set[int]) -> int:
+    """How many this process has of these inodes."""
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            count += os.stat(f"/proc/self/fd/{name}").st_ino in files
+    return count
+
+
+def test_a_forked_child_keeps_none_of_it_alive(rung: Rung, opened: Opened, broker: Scripted) -> None:
+    """A loader's worker lives as long as the training, and would keep what its parent gives back."""
+    account, number = opened()
+    memory = idle(account, 8 * MiB)
+    broker.ask(number, 64 * MiB, flags=PASS_ON)
+    passed = broker.passed()
+    files = {os.fstat(descriptor).st_ino for _, descriptor in passed}
+    grow_with(broker, memory, 8 * MiB, passed)
+    close(passed)
+    if isinstance(rung, CudaRung):
+        return  # its memory has no files
+    # The host's and the fake's driver have one of an extent for themselves.
+    before = descriptors_of(files)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if descriptors_of(files) == before - len(passed) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

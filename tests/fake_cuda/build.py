@@ -13,7 +13,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
 _CSRC = _HERE.parents[1] / "csrc"
-_SHARED = ["backend/address_table.cpp", "backend/memfd_space.cpp", "core/sizes.cpp"]
+_SHARED = ["backend/address_table.cpp", "backend/memfd_space.cpp", "core/fork.cpp", "core/sizes.cpp"]
 _FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion"]
 
 

@@ -248,4 +248,4 @@ def test_who_has_cached_blocks_to_use_asks_others_for_no_more_than_what_is_cheap
     leave(small.pool, free_ids(small.pool))
     small.step(needed=3, ahead=3)
     small.controller.grower.wait(LONG)
-    assert rungs[0] == SHORT and set(rungs[1:]) == {WARM}, "the second time three blocks are free, though something is cached in them"
+    assert rungs[0] == SHORT and set(rungs[1:]) == {WARM}, "cached blocks are free as well"

@@ -332,7 +332,9 @@ class Books:
 
     def state(self, now: float) -> DeviceState:
         """The device at this moment."""
-        return device_state(self.device, self.accounts, self.shares, self._queue, self.asks, self._pressure, now)
+        return device_state(
+            self.device, self.accounts, self.shares, self._queue, self.asks, self._pressure, now
+        )
 
     # Bookkeeping.
 

@@ -50,8 +50,9 @@ class Limits(NamedTuple):
 class Message(msgspec.Struct, frozen=True, gc=False):
     """One message, without its header. Subclasses have their fields in the order of the wire.
 
-    What WIRE does not spell does not go into the bytes. WIRE spells the body: letters, `64s` for a text of that size, `_` for a pad, `limits`, and `...`
-    for a text to the end of the message; the letters are those of `struct`.
+    WIRE spells the body: letters, `64s` for a text of that size, `_` for a pad, `limits`, and `...`
+    for a text to the end of the message; the letters are those of `struct`. Fields that it does not spell
+    are none of the bytes.
     """
 
     TYPE: ClassVar[int]
