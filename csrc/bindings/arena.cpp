@@ -17,10 +17,11 @@ namespace {
 using Unlocked = py::call_guard<NoGil>;
 
 Rung reclaimer_rung(const std::string& name) {
-  const Rung rung = rung_from(name);
-  if (rung == Rung::kTrim)
-    throw Error(Kind::kInvalid, "trim needs no reclaimer; use evict, spill, shrink or pause");
-  return rung;
+  for (const Rung rung : {Rung::kEvict, Rung::kSpill, Rung::kShrink, Rung::kPause}) {
+    if (name == rung_name(rung)) return rung;
+  }
+  throw Error(Kind::kInvalid,
+              "unknown rung '" + name + "'; a reclaimer is one of evict, spill, shrink, pause");
 }
 
 std::optional<size_t> bounded(size_t limit) {
