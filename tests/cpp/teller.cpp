@@ -90,7 +90,7 @@ size_t live(const Fd& socket, AccountId account, unsigned seed, const std::atomi
       CHECK(answer->second >= demand.bytes && answer->second <= demand.want);
       held += answer->second;
     }
-    if (random() % 4 == 0) say(socket, 0, client::Report{account, 1, held, 0});
+    if (random() % 4 == 0) say(socket, 0, client::Report{account, 1, held, 0, 0, 0, 0, 0});
     if (held != 0 && random() % 4 != 0) {
       const size_t back = 1 + random() % held;
       held -= back;
@@ -264,7 +264,7 @@ struct Alone {
       teller.begin_turn();
       auto letter = teller.take();
       teller.end_turn();
-      if (letter) return *letter;
+      if (letter) return std::move(*letter);
     }
   }
 
