@@ -53,7 +53,9 @@ Mapper::Taken Mapper::take(size_t bytes) {
 
 void Mapper::put_back(std::vector<Taken>& taken) noexcept {
   for (Taken& one : taken) {
-    if (one.was_spare && one.extent) spare_.put(std::move(one.extent));
+    // What another process has passed on may not be what it said, and would be refused again.
+    const bool proven = one.extent.writer != kSomebody;
+    if (one.was_spare && one.extent && proven) spare_.put(std::move(one.extent));
   }
 }
 

@@ -34,17 +34,18 @@ def passed(player: Player) -> list[tuple[int, int]]:
     return [(message.bytes, message.count) for message in found]
 
 
-def asked(world: World, uid: int = 0) -> tuple[Account, Account, int]:
-    """A training that holds all, a server that waits for 30 of it, and the server's demand."""
+def asked(world: World, uid: int = 0) -> tuple[Account, Account, int, int]:
+    """A training that holds all, a server that waits for 30 of it, its demand, and the ask for that."""
     training, serving = world.player(uid=uid).open("training"), world.player().open("serving", 100)
     training.get(100)
-    return training, serving, serving.demand(30)
+    number = serving.demand(30)
+    ((ask, _, _),) = training.asks()
+    return training, serving, number, ask
 
 
 def test_what_a_victim_passes_on_comes_before_the_grant_of_its_bytes() -> None:
     world = World()
-    training, serving, number = asked(world)
-    ((ask, _, _),) = training.asks()
+    training, serving, number, ask = asked(world)
     numbers = some(3)
     pass_on(training, 10, numbers)
     assert are_open(numbers) == [True] * 3
@@ -55,16 +56,18 @@ def test_what_a_victim_passes_on_comes_before_the_grant_of_its_bytes() -> None:
     assert are_open(numbers) == [False] * 3
 
 
-def test_a_victim_is_told_that_its_memory_can_be_passed_on() -> None:
-    training, _, _ = asked(World())
-    assert [ask.flags for _, ask in training.player.asks()] == [PASS_ON]
-
-
-def test_nobody_is_asked_to_pass_on_what_another_user_would_see() -> None:
+@pytest.mark.parametrize(("uid", "flags"), [(0, PASS_ON), (1000, 0)])
+def test_a_victim_is_told_whether_its_memory_can_be_passed_on(uid: int, flags: int) -> None:
     world = World()
-    training, serving, number = asked(world, uid=1000)
-    ((ask, message),) = training.player.asks()
-    assert message.flags == 0
+    training = world.player(uid=uid).open("training")
+    training.get(100)
+    world.player().open("serving", 100).demand(30)
+    assert [ask.flags for _, ask in training.player.asks()] == [flags]
+
+
+def test_nobody_gets_what_another_user_has_passed_on() -> None:
+    world = World()
+    training, serving, number, ask = asked(world, uid=1000)
     numbers = some(1)
     pass_on(training, 10, numbers)
     training.give(ask, 30)
@@ -86,8 +89,7 @@ def test_what_is_passed_on_to_nobody_goes_to_the_device() -> None:
 
 def test_it_waits_with_the_demand_and_is_never_more_than_what_is_free() -> None:
     world = World()
-    training, serving, number = asked(world)
-    ((ask, _, _),) = training.asks()
+    training, serving, number, ask = asked(world)
     numbers = some(2)
     pass_on(training, 10, numbers)
     training.give(ask, 20, last=False)
@@ -102,8 +104,7 @@ def test_it_waits_with_the_demand_and_is_never_more_than_what_is_free() -> None:
 
 def test_what_a_demand_does_not_take_any_more_goes_to_the_device() -> None:
     world = World()
-    training, serving, number = asked(world)
-    ((ask, _, _),) = training.asks()
+    training, serving, number, ask = asked(world)
     numbers = some(2)
     pass_on(training, 10, numbers)
     training.give(ask, 20, last=False)
@@ -114,7 +115,7 @@ def test_what_a_demand_does_not_take_any_more_goes_to_the_device() -> None:
 @pytest.mark.parametrize("end", ["lose", "leave"])
 def test_what_is_offered_and_not_given_goes_with_the_connection(end: str) -> None:
     world = World()
-    training, _, _ = asked(world)
+    training, _, _, _ = asked(world)
     numbers = some(2)
     pass_on(training, 10, numbers)
     getattr(training.player, end)()
@@ -123,8 +124,7 @@ def test_what_is_offered_and_not_given_goes_with_the_connection(end: str) -> Non
 
 def test_extents_that_do_not_fit_a_grant_stay_with_the_device() -> None:
     world = World()
-    training, serving, number = asked(world)
-    ((ask, _, _),) = training.asks()
+    training, serving, number, ask = asked(world)
     numbers = some(2)
     pass_on(training, 20, numbers)
     training.give(ask, 40)
@@ -135,7 +135,7 @@ def test_extents_that_do_not_fit_a_grant_stay_with_the_device() -> None:
 
 def test_who_passes_on_without_end_is_not_listened_to() -> None:
     world = World()
-    training, _, _ = asked(world)
+    training, _, _, _ = asked(world)
     numbers = some(MOST_DESCRIPTORS + 1)
     with pytest.raises(ProtocolError, match="more than 253"):
         pass_on(training, 1, numbers)
@@ -144,7 +144,7 @@ def test_who_passes_on_without_end_is_not_listened_to() -> None:
 
 def test_an_account_of_another_connection_is_no_ones_to_pass_on() -> None:
     world = World()
-    training, serving, _ = asked(world)
+    training, serving, _, _ = asked(world)
     numbers = some(1)
     with pytest.raises(ProtocolError, match="none of this connection's"):
         serving.player.say(Pass(training.number, 1, 10, tuple(map(Descriptor, numbers))))
@@ -153,8 +153,7 @@ def test_an_account_of_another_connection_is_no_ones_to_pass_on() -> None:
 
 def test_what_is_between_two_holders_is_not_outside_memory() -> None:
     world = World()
-    training, serving, number = asked(world)
-    ((ask, _, _),) = training.asks()
+    training, serving, number, ask = asked(world)
     pass_on(training, 10, some(2))
     training.give(ask, 20, last=False)
     world.look(HOST, 100, 100)

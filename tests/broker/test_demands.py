@@ -239,36 +239,6 @@ def test_the_background_disturbs_nobody_where_there_is_one_class() -> None:
     assert first.asks() == second.asks() == []
 
 
-def test_who_has_just_yielded_to_a_peer_does_not_take_it_back_at_once() -> None:
-    world = World()
-    first, second = two(world, 100, 100)
-    first.get(100)
-    number = second.demand(60)
-    ((ask, _, _),) = first.asks()
-    first.give(ask, 60)
-    assert second.granted(number) == 60
-    back = first.demand(10)
-    world.wait(0.05)
-    assert first.waits(back) and second.asks() == []
-    world.wait(0.1)
-    assert second.asked() == [(10, 0)], "later it may have its share again"
-
-
-def test_what_a_peer_keeps_warm_is_lent_beyond_a_share_and_what_it_uses_is_not() -> None:
-    world = World()
-    first, second = two(world, 100, 100)
-    first.get(50)
-    first.report(rungs=0b01010)  # evict and shrink
-    second.get(50)
-    number = second.demand(20)
-    for rung, given in ((0, 0), (1, 5)):
-        ((ask, bytes, at),) = first.asks()
-        assert (bytes, at) == (20, rung)
-        first.give(ask, given)
-    assert first.asks() == [], "its share protects what requests use"
-    assert second.waits(number)
-
-
 def test_a_withdrawn_demand_is_answered_once() -> None:
     world = World()
     training, serving = two(world)

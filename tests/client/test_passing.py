@@ -197,3 +197,36 @@ def test_a_forked_child_keeps_none_of_it_alive(rung: Rung, opened: Opened, broke
     if child == 0:
         os._exit(0 if descriptors_of(files) == before - len(passed) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_an_extent_that_is_not_what_was_said_of_it_spoils_one_growth_at_most(
+    opened: Opened, broker: Scripted
+) -> None:
+    account, number = opened()
+    memory = account.range("4MiB", keep="4MiB", extent="4MiB")
+    memory.grow("4MiB")
+    memory.shrink("4MiB")
+    broker.ask(number, 62 * MiB, flags=PASS_ON)
+    ((_, descriptor),) = broker.passed()
+    memory.close()
+    memory = account.range("2MiB", extent="2MiB")
+    broker.policy = lambda demand: None
+    demands = len(broker.got(Demand))
+    failed: list[tem.TemError] = []
+
+    def grow() -> None:
+        try:
+            memory.grow("2MiB")
+        except tem.TemError as error:
+            failed.append(error)
+
+    growing = threading.Thread(target=grow)
+    growing.start()
+    demand = broker.await_count(Demand, demands + 1)[-1]
+    broker.answer(Grant(demand.account, demand.bytes), [(2 * MiB, descriptor)])
+    growing.join(10)
+    os.close(descriptor)
+    assert len(failed) == 1, "4 MiB do not go where 2 are wanted"
+    broker.policy = broker.grant_what_is_free
+    memory.grow("2MiB")
+    assert memory.mapped == 2 * MiB
