@@ -265,11 +265,12 @@ class Arena : public std::enable_shared_from_this<Arena> {
               size_t given, Clock::time_point start);
   bool trim_others(size_t missing, AccountId demander, const std::string& label, const PlanFn& plan);
   size_t coming_from(const std::vector<Ask>& asks, AccountId demander);
-  Givable givable(const std::vector<uint64_t>& spent, Rung worst);
+  Givable givable(AccountId demander, const std::vector<uint64_t>& spent, Rung worst);
   void drop_retired();
   bool anything_waits();
-  std::shared_ptr<Reclaimer> next_reclaimer(const std::vector<Ask>& asks, const std::vector<uint64_t>& spent,
-                                            Rung worst) const;
+  bool may_ask(AccountId demander, const Reclaimer& reclaimer) const;
+  std::shared_ptr<Reclaimer> next_reclaimer(AccountId demander, const std::vector<Ask>& asks,
+                                            const std::vector<uint64_t>& spent, Rung worst) const;
   void squeeze(Lock& lock, AccountId demander, std::string label, Deadline deadline, Rung worst,
                const std::function<size_t()>& shortage, const PlanFn& plan);
   void trim_self(Lock& lock, AccountId id, size_t target, Rung worst, Deadline deadline);

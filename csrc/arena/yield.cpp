@@ -212,15 +212,21 @@ size_t Arena::coming_from(const std::vector<Ask>& asks, AccountId demander) {
 }
 
 /// What accounts may still give: all of it where a reclaimer is left to ask, else what waits for a fence.
-Givable Arena::givable(const std::vector<uint64_t>& spent, Rung worst) {
+Givable Arena::givable(AccountId demander, const std::vector<uint64_t>& spent, Rung worst) {
   Givable out;
   for (const auto& [id, account] : ledger_.accounts()) {
-    out[id] = next_reclaimer({{id, account.held}}, spent, worst) ? kUnlimited : idle_of(id).pending;
+    const auto reclaimer = next_reclaimer(demander, {{id, account.held}}, spent, worst);
+    out[id] = reclaimer ? kUnlimited : idle_of(id).pending;
   }
   return out;
 }
 
-std::shared_ptr<Arena::Reclaimer> Arena::next_reclaimer(const std::vector<Ask>& asks,
+bool Arena::may_ask(AccountId demander, const Reclaimer& reclaimer) const {
+  return reclaimer.rung != Rung::kPause || demander == kNobody ||
+         ledger_.may_pause(demander, reclaimer.account);
+}
+
+std::shared_ptr<Arena::Reclaimer> Arena::next_reclaimer(AccountId demander, const std::vector<Ask>& asks,
                                                         const std::vector<uint64_t>& spent,
                                                         Rung worst) const {
   // Asks come lowest class first. Within a class every account is asked for a cheap rung before any for a
@@ -231,6 +237,7 @@ std::shared_ptr<Arena::Reclaimer> Arena::next_reclaimer(const std::vector<Ask>& 
     for (; i < asks.size() && ledger_.at(asks[i].victim).limits.value == value; ++i) {
       const auto own = std::find_if(reclaimers_.begin(), reclaimers_.end(), [&](const auto& reclaimer) {
         return reclaimer->account == asks[i].victim && reclaimer->rung <= worst &&
+               may_ask(demander, *reclaimer) &&
                std::find(spent.begin(), spent.end(), reclaimer->number) == spent.end();
       });
       if (own != reclaimers_.end() && (!best || (*own)->rung < best->rung)) best = *own;
@@ -253,14 +260,14 @@ void Arena::squeeze(Lock& lock, AccountId demander, std::string label, Deadline 
     const size_t missing = shortage();
     if (missing == 0) return;
     // Seen before the looks at fences below: one that passes in between is then waited for, not missed.
-    const std::vector<Ask> asks = plan(missing, givable(spent, worst));
+    const std::vector<Ask> asks = plan(missing, givable(demander, spent, worst));
     const size_t coming = coming_from(asks, demander);
     if (trim_idle(nullptr) != 0) continue;
     if (demander != kNobody && trim_seats(demander, missing, SIZE_MAX, true, nullptr) != 0) continue;
     if (trim_others(missing, demander, label, plan)) continue;
 
     // Let go of before the lock is taken or given up: what a removed one owns may call back.
-    auto reclaimer = next_reclaimer(asks, spent, worst);
+    auto reclaimer = next_reclaimer(demander, asks, spent, worst);
     if ((coming == 0 && !reclaimer) || Clock::now() >= deadline) return;
     if (!reclaimer || (coming >= missing && Clock::now() < patience)) {
       reclaimer.reset();

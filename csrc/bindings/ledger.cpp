@@ -50,6 +50,7 @@ void bind_ledger(py::module_& module) {
       .def("shortage", &Ledger::shortage, py::arg("ticket"))
       .def("grant_ticket", &Ledger::grant_ticket, py::arg("ticket"))
       .def("withdraw", &Ledger::withdraw, py::arg("ticket"))
+      .def("may_pause", &Ledger::may_pause, py::arg("demander"), py::arg("victim"))
       .def(
           "plan",
           [](const Ledger& self, AccountId id, size_t bytes, const std::optional<Givable>& givable,

@@ -196,6 +196,12 @@ double Ledger::share(const Holding& account, size_t incoming) const {
   return pool * account.limits.weight / weights;
 }
 
+bool Ledger::may_pause(AccountId demander, AccountId victim) const {
+  const Holding& me = at(demander);
+  if (at(victim).limits.value != me.limits.value || me.held < me.limits.min) return true;
+  return static_cast<double>(me.held) < share(me, 0) / 2;
+}
+
 std::vector<Ask> Ledger::collect(size_t bytes, AccountId demander, const Givable* givable, const Asked* asked,
                                  const std::vector<Rule>& rules) const {
   std::vector<Ask> asks;

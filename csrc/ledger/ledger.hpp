@@ -108,6 +108,11 @@ class Ledger {
   /// Bytes of all queued demands.
   size_t queued() const;
 
+  /// Whether the victim's work may be paused so that the demander gets memory. Of peers it may not, unless
+  /// the demander has less than half of its share, or than its `min`: what a peer has above its share comes
+  /// as its work ends, and to begin that anew would cost both.
+  bool may_pause(AccountId demander, AccountId victim) const;
+
   /// Who should yield so that `id` gets `bytes` more, in the order to ask. May sum to less than `bytes`.
   /// Without `givable` everybody can give all that may be taken. `asked` is on its way back already, so a
   /// limit protects what is left after it.

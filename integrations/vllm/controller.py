@@ -6,7 +6,10 @@ arena's or of another tenant. Blocks that no request holds are given up by that 
 engine need not be woken and a busy one is not waited for: what steps on their way may still do to such blocks
 is on the stream already, and the memory goes behind it. Only between a step's scheduling and the moment when
 the stream has all of its work is that not so; then the engine's thread does it at the end of that span.
-Running requests are preempted by the engine's thread alone, before it schedules.
+
+What requests hold costs more. At the rung shrink the engine *drains*: it admits nobody until it has paid what
+it was asked for, with memory that comes free as its requests end. At the rung pause, where peers do not ask
+as a rule, running requests are preempted, by the engine's thread alone, before it schedules.
 
 The lock order is `lock`, then the grower's, then those of the arena. Nobody waits for a demand or for memory
 with `lock` held, except a step that needs blocks, and that no longer than `PATIENCE`.
@@ -18,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch_elastic_mem.errors import InUseError
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
@@ -25,18 +29,22 @@ from torch_elastic_mem.integrations.vllm.cache import ElasticCache
 from torch_elastic_mem.integrations.vllm.grower import Grower
 from torch_elastic_mem.integrations.vllm.teller import Teller
 
-# What a step waits for memory on its way rather than give up a warm prefix or preempt a request.
+# What steps wait for memory on its way rather than give up a warm prefix or preempt a request: in all, for it
+# may take as long as requests of others do.
 PATIENCE = 0.05
+# What a demand may cost: caches; admissions; running requests.
+EVICT, SHRINK, PAUSE = "evict", "shrink", "pause"
 # What a growth on its way may take to be refused, before an engine sleeps.
 LONGEST = 10.0
 
 
 @dataclass(slots=True, eq=False)
 class Demand:
-    """Bytes somebody wants of this engine, and whether its running requests may be preempted for it."""
+    """Bytes somebody wants of this engine, until a moment of the monotonic clock, and what that may cost."""
 
     nbytes: int
-    preempting: bool
+    rung: str
+    deadline: float
     served: threading.Event = field(default_factory=threading.Event)
 
 
@@ -47,24 +55,29 @@ class Controller:
         cache: the memory.
         balloon: what the pool may use.
         preempt: takes the blocks of the request that matters least; False when none runs.
+        running: blocks that running requests are about to take; called with the lock held.
     """
 
-    def __init__(self, cache: ElasticCache, balloon: Balloon, preempt: Callable[[], bool]) -> None:
+    def __init__(
+        self, cache: ElasticCache, balloon: Balloon, preempt: Callable[[], bool], running: Callable[[], int]
+    ) -> None:
         self.lock = threading.RLock()
         self.balloon = balloon
         self.grower = Grower(cache)
         self._cache = cache
         self._preempt = preempt
+        self._running = running
         self._steps = 0  # scheduled, and not wholly on the stream; all below are guarded by the lock
         self._demands: list[Demand] = []
+        self._debt, self._debt_until = 0, 0.0  # bytes to pay as requests end
+        self._patient_until = 0.0
         self._closed = False
         self._away: list[int] = []  # while all memory is away: the chunks that are not parked
         cache.on_enqueued = self.step_enqueued
         cache.resting = self
         account = cache.account
         self._reclaimers = [
-            account.on_reclaim(lambda nbytes, timeout: self._asked(nbytes, timeout, False), "evict"),
-            account.on_reclaim(lambda nbytes, timeout: self._asked(nbytes, timeout, True), "shrink"),
+            account.on_reclaim(partial(self._asked, rung), rung) for rung in (EVICT, SHRINK, PAUSE)
         ]
         self._teller = Teller(account, balloon)
 
@@ -80,22 +93,27 @@ class Controller:
         self._cache.use_stream()
         self._serve()
         self.balloon.unpark(self.grower.take())
+        self._pay()
         unused = self.balloon.unused(ahead)
-        if unused >= ahead or not self.balloon.parked:
+        if unused >= ahead or not self.balloon.parked or self.draining:
             return
         wanted = needed()
         missing = wanted - unused
         # What is cached and free would serve as well, at the cost of a prefix.
         short = self.balloon.free_blocks < max(ahead, wanted)
         self._grow(max(ahead - unused, missing), short)
-        deadline = time.monotonic() + PATIENCE
-        while missing > 0 and not self.grower.resting(short) and (left := deadline - time.monotonic()) > 0:
-            if not self.grower.coming:
+        while missing > 0 and self.grower.coming and not self.grower.resting(short):
+            if (left := self._patient_until - time.monotonic()) <= 0:
                 break
             self.grower.wait(left)
             came = self.grower.take()
             self.balloon.unpark(came)
             missing -= len(came) * self._cache.chunk_blocks
+
+    @property
+    def draining(self) -> bool:
+        """Nobody is to be admitted: what comes free is somebody else's. With the lock held."""
+        return self._debt > 0
 
     def step_scheduled(self) -> None:
         """With the lock held."""
@@ -185,6 +203,7 @@ class Controller:
             for demand in self._demands:
                 demand.served.set()
             self._demands.clear()
+            self._debt = 0
 
     def _grow(self, blocks: int, short: bool) -> None:
         if self.grower.resting(short):
@@ -192,10 +211,12 @@ class Controller:
         coming = self.grower.coming
         chunks = -(-blocks // self._cache.chunk_blocks) - len(coming)
         if chunks > 0:
+            if not coming:
+                self._patient_until = time.monotonic() + PATIENCE
             self.grower.ask(self.balloon.next_out(chunks, coming), short)
 
-    def _asked(self, nbytes: int, timeout: float, preempting: bool) -> None:
-        demand = Demand(nbytes, preempting)
+    def _asked(self, rung: str, nbytes: int, timeout: float) -> None:
+        demand = Demand(nbytes, rung, time.monotonic() + timeout)
         with self.lock:
             if self._closed:
                 return
@@ -212,8 +233,8 @@ class Controller:
             return
         later = []
         for demand in self._demands:
-            demand.nbytes -= self._give(demand.nbytes)
-            if demand.preempting and demand.nbytes > 0 and self.balloon.in_use():
+            self._give_to(demand)
+            if demand.rung == PAUSE and demand.nbytes > 0 and self.balloon.in_use():
                 later.append(demand)
             else:
                 demand.served.set()
@@ -222,23 +243,40 @@ class Controller:
     def _serve(self) -> None:
         """Gives up what is wanted, and preempts where that is asked for; before scheduling."""
         for demand in self._demands:
-            demand.nbytes -= self._give(demand.nbytes)
-            while demand.preempting and demand.nbytes > 0 and self._preempt():
-                demand.nbytes -= self._give(demand.nbytes)
+            self._give_to(demand)
+            while demand.rung == PAUSE and demand.nbytes > 0 and self._preempt():
+                self._give_to(demand)
             demand.served.set()
         self._demands.clear()
 
-    def _give(self, nbytes: int) -> int:
-        """Gives up so many bytes, or what there is. What was to come goes first."""
+    def _give_to(self, demand: Demand) -> None:
+        demand.nbytes -= self._give(demand.nbytes, 0 if demand.rung == PAUSE else self._running())
+        if demand.rung == SHRINK and demand.nbytes > 0 and self.balloon.in_use():
+            self._debt = max(self._debt, demand.nbytes)
+            self._debt_until = max(self._debt_until, demand.deadline)
+
+    def _pay(self) -> None:
+        """Gives what it owes, as far as it has come free. Who is still short asks again."""
+        if self._debt <= 0:
+            return
+        self._give(self._debt, self._running())
+        if time.monotonic() >= self._debt_until or not self.balloon.in_use():
+            self._debt, self._debt_until = 0, 0.0
+
+    def _give(self, nbytes: int, keep: int) -> int:
+        """Gives up so many bytes, or what there is beside so many free blocks. What was to come goes first."""
         if nbytes <= 0:
             return 0
         self.grower.cancel()
         self.balloon.unpark(self.grower.take())
+        most = max(0, self.balloon.free_blocks - keep) // self._cache.chunk_blocks if keep else None
         wanted = -(-nbytes // self._cache.freed_bytes)
-        chunks = self.balloon.cheapest(wanted)
+        chunks = self.balloon.cheapest(wanted)[:most]
         if self._cache.freed(chunks) < nbytes:  # the short one is among them, or there are no more
-            chunks = self.balloon.cheapest(wanted + 1)
+            chunks = self.balloon.cheapest(wanted + 1)[:most]
         if chunks:
             self.balloon.park(chunks)
             self._cache.release(chunks)
-        return self._cache.freed(chunks)
+        freed = self._cache.freed(chunks)
+        self._debt = max(0, self._debt - freed)
+        return freed

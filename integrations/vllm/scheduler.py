@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -43,7 +45,10 @@ class Elastic(Base):
         ahead = first_blocks(self.vllm_config, self.kv_cache_config)
         pool = self.kv_cache_manager.block_pool
         self.elastic = Controller(
-            cache, Balloon(pool, cache.chunk_blocks, -(-ahead // cache.chunk_blocks)), self._preempt_last
+            cache,
+            Balloon(pool, cache.chunk_blocks, -(-ahead // cache.chunk_blocks)),
+            self._preempt_last,
+            self._running_blocks,
         )
         self._ahead = ahead - 1
         self._block_sizes = [group.kv_cache_spec.block_size for group in self.kv_cache_config.kv_cache_groups]
@@ -52,7 +57,8 @@ class Elastic(Base):
         """One step, after the pool has been given what the step may use and has lost what others want."""
         with self.elastic.lock:
             self.elastic.before_step(self._needed, self._ahead)
-            output = super().schedule(*args, **kwargs)
+            with self._admissions():
+                output = super().schedule(*args, **kwargs)
             self.elastic.step_scheduled()
             return output
 
@@ -116,6 +122,10 @@ class Elastic(Base):
                 break
             waiting += sum(-(-request.num_tokens // size) + 1 for size in self._block_sizes)
             tokens -= request.num_tokens - request.num_computed_tokens
+        return self._running_blocks() + waiting
+
+    def _running_blocks(self) -> int:
+        """Blocks that running requests may take in the next step."""
         lookahead = 1 + self.num_lookahead_tokens
         running = sum(1 + -(-lookahead // size) for size in self._block_sizes) * len(self.running)
         prefills = sum(
@@ -123,7 +133,18 @@ class Elastic(Base):
             for request in self._inflight_prefills
             for size in self._block_sizes
         )
-        return running + prefills + waiting
+        return running + prefills
+
+    @contextmanager
+    def _admissions(self) -> Iterator[None]:
+        """Within the block nobody is admitted while the engine drains."""
+        before = self._pause_state
+        if before == PauseState.UNPAUSED and self.elastic.draining:
+            self._pause_state = PauseState.PAUSED_NEW
+        try:
+            yield
+        finally:
+            self._pause_state = before
 
     def _preempt_last(self) -> bool:
         """Preempts the request that vLLM itself would."""

@@ -208,3 +208,21 @@ def test_several_demands_may_run_one_at_once(rung: Rung) -> None:
         thread.join()
     assert [memory.mapped for memory in ranges] == [4 * MiB, 4 * MiB]
     assert_balanced(pair.arena)
+
+
+@pytest.mark.parametrize(("held", "rungs"), [(6, ["shrink"]), (2, ["shrink", "pause"])])
+def test_a_peer_is_paused_only_for_one_that_has_less_than_half_of_its_share(
+    rung: Rung, held: int, rungs: list[str]
+) -> None:
+    arena = rung.arena(16 * MiB)
+    peer, demander = arena.account("peer", "training"), arena.account("demander", "training")
+    lent = peer.range(16 * MiB)
+    lent.grow((16 - held) * MiB)
+    memory = demander.range(16 * MiB)
+    memory.grow(held * MiB)
+    asked: list[str] = []
+    for name in ("shrink", "pause"):
+        peer.on_reclaim(lambda nbytes, timeout, name=name: asked.append(name), rung=name)
+    with pytest.raises(OutOfMemory):
+        memory.grow(2 * MiB)
+    assert asked == rungs

@@ -37,3 +37,19 @@ def test_what_a_peer_keeps_warm_is_lent_beyond_a_share_and_what_it_uses_is_not()
         first.give(ask, given)
     assert first.asks() == [], "its share protects what requests use"
     assert second.waits(number)
+
+
+def test_a_peer_is_asked_to_pause_only_for_one_that_has_less_than_half_of_its_share() -> None:
+    for held, rungs in ((30, [3]), (20, [3, 4])):
+        world = World()
+        first, second = two(world)
+        first.get(100 - held)
+        first.report(rungs=0b11000)  # shrink and pause
+        second.get(held)
+        second.demand(10)
+        seen = []
+        while asks := first.asks():
+            ((ask, _, rung),) = asks
+            seen.append(rung)
+            first.give(ask, 0)
+        assert [rung for rung in seen if rung] == rungs

@@ -276,3 +276,17 @@ def test_a_charge_may_overdraw_and_holds_up_others_until_it_is_back() -> None:
     assert (ledger.held(back), ledger.free, ledger.overdrawn) == (120, 0, 30)
     assert not ledger.grant(other, 1)
     assert ledger.plan_shrink(30) == [(back, 30)]
+
+
+def test_a_peers_work_is_paused_for_nobody_who_has_half_of_its_share() -> None:
+    book = Book(120, first=Spec(100, held=60), second=Spec(100, held=30), third=Spec(100, held=15))
+    may = {name: book.ledger.may_pause(book.ids[name], book.ids["first"]) for name in ("second", "third")}
+    assert may == {"second": False, "third": True}
+
+
+def test_a_peers_work_is_paused_for_one_below_its_min_and_anothers_class_at_any_time() -> None:
+    book = Book(100, peer=Spec(100, held=40), me=Spec(100, held=40, min=50), low=Spec(0, held=20))
+    assert book.ledger.may_pause(book.ids["me"], book.ids["peer"])
+    assert not book.ledger.may_pause(book.ids["peer"], book.ids["me"])
+    assert book.ledger.may_pause(book.ids["peer"], book.ids["low"])
+    assert book.ledger.may_pause(book.ids["low"], book.ids["peer"]), "limits decide what a lower class gets"

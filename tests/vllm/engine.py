@@ -8,6 +8,7 @@ import random
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,53 @@ def limited(llm: Any, cache: Any) -> None:
     fact("came in the end", came)
 
 
+def few(llm: Any, meanwhile: Callable[[], None] = lambda: None) -> list[list[int]]:
+    """Fourteen requests of which the last end first, after some steps three more; the tokens of all."""
+    found: dict[str, list[int]] = {}
+    asked = prompts(6, 17)
+    for number, prompt in enumerate(asked[:14]):
+        llm.llm_engine.add_request(str(number), prompt, sampling(64 - 4 * number))
+    step = 0
+    while llm.llm_engine.has_unfinished_requests():
+        if step == 8:
+            meanwhile()
+            for number, prompt in enumerate(asked[14:], 14):
+                llm.llm_engine.add_request(str(number), prompt, sampling(48))
+        for output in llm.llm_engine.step():
+            if output.finished:
+                found[output.request_id] = list(output.outputs[0].token_ids)
+        step += 1
+    return [found[str(number)] for number in range(len(asked))]
+
+
+def plain_few(llm: Any) -> None:
+    fact("tokens", few(llm))
+
+
+def drained(llm: Any) -> None:
+    """Somebody asks a busy engine for what comes free as requests end: for more than there is."""
+    core = llm.llm_engine.engine_core.engine_core
+    scheduler, cache = core.scheduler, core.model_executor.driver_worker.worker.elastic_cache
+    schedule, preempt = scheduler.schedule, scheduler._preempt_request
+    told: dict[str, list[Any]] = {"admitted": [], "running": [], "resident": [], "preempted": []}
+
+    def seen(*args: Any) -> Any:
+        output = schedule(*args)
+        if scheduler.elastic.draining:
+            told["admitted"] += [each.req_id for each in output.scheduled_new_reqs]
+            told["running"].append(len(scheduler.running))
+            told["resident"].append(cache.resident_bytes)
+        return output
+
+    def seen_preempted(request: Any, *args: Any, **more: Any) -> Any:
+        told["preempted"].append(request.request_id)
+        return preempt(request, *args, **more)
+
+    scheduler.schedule, scheduler._preempt_request = seen, seen_preempted
+    fact("tokens", few(llm, lambda: scheduler.elastic._asked("shrink", CACHE, 600.0)))
+    fact("drained", told)
+
+
 def ended(llm: Any) -> None:
     """The engine is shut down, its process lives on, and somebody still has a view of its cache."""
     from torch_elastic_mem.integrations.vllm.cache import find
@@ -324,7 +372,7 @@ def may_sleep() -> bool:
 def main() -> None:
     scenario, shape = sys.argv[1:]
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if scenario.endswith("apart") else "0"
-    os.environ["TEM_ENABLE"] = "0" if scenario == "plain" else "1"
+    os.environ["TEM_ENABLE"] = "0" if scenario.startswith("plain") else "1"
     os.dup2(2, 1)
     with tempfile.TemporaryDirectory() as folder:
         asynchronous = scenario in ("squeezed", "sleeping_amid")

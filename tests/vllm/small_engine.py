@@ -32,7 +32,8 @@ class Engine:
         self.balloon = Balloon(self.pool, 2, resident)
         self.requests: list[list[Any]] = []
         self.preempted_by: list[int] = []
-        self.controller = Controller(self.cache, self.balloon, self.preempt)
+        self.about_to_take = 0
+        self.controller = Controller(self.cache, self.balloon, self.preempt, lambda: self.about_to_take)
         self.pressing = self.arena.account("pressing", tem.PriorityClass("pressing", 10**6)).range("64MiB")
 
     def preempt(self) -> bool:
@@ -64,10 +65,10 @@ class Engine:
         assert self.cache.resident_bytes == CHUNK * (BLOCKS // 2 - self.balloon.parked)
         assert self.balloon.in_use() == len(held)
 
-    def demands(self) -> list[bool]:
-        """For those that wait, whether they may preempt."""
+    def demands(self) -> list[str]:
+        """The rungs of those that wait."""
         with self.controller.lock:
-            return [demand.preempting for demand in self.controller._demands]
+            return [demand.rung for demand in self.controller._demands]
 
 
 class Demand:
@@ -86,8 +87,8 @@ class Demand:
         except tem.OutOfMemory:
             self.got = False
 
-    def waits(self, *, preempting: bool = False) -> bool:
-        return comes_true(lambda: self._engine.demands() == [preempting])
+    def waits(self, rung: str = "evict") -> bool:
+        return comes_true(lambda: self._engine.demands() == [rung])
 
     def ended(self) -> bool | None:
         self.thread.join()

@@ -67,7 +67,7 @@ def test_a_demand_waits_for_all_the_steps_that_are_scheduled(full: Engine) -> No
     demand = Demand(full, 2 * CHUNK)
     assert demand.waits()
     full.controller.step_enqueued()
-    assert full.demands() == [False] and full.balloon.parked == 0
+    assert full.demands() == ["evict"] and full.balloon.parked == 0
     full.controller.step_enqueued()
     assert demand.ended() is True
 
@@ -115,7 +115,7 @@ def test_for_a_demand_that_may_preempt_the_engines_thread_preempts_as_much_as_it
     full.hold(*range(20, 26))
     full.hold(*range(26, BLOCKS))
     demand = Demand(full, 6 * CHUNK)
-    assert demand.waits(preempting=True)
+    assert demand.waits("pause")
     assert full.preempted_by == [] and full.balloon.parked == 0
     full.step()
     assert demand.ended() is True
@@ -135,7 +135,7 @@ def test_a_demand_for_more_than_there_is_takes_all_and_is_refused(full: Engine) 
     full.hold(1, 5)
     full.hold(9, 10)
     demand = Demand(full, 16 * CHUNK)
-    assert demand.waits(preempting=True)
+    assert demand.waits("pause")
     full.step()
     assert demand.ended() is False
     assert (len(full.preempted_by), full.cache.resident_bytes) == (2, CHUNK)

@@ -208,7 +208,7 @@ class Odd:
         self.cache.ensure(range(self.cache.num_chunks))
         self.pool = pool_of(blocks)
         self.balloon = Balloon(self.pool, self.cache.chunk_blocks, self.cache.num_chunks)
-        self.controller = Controller(self.cache, self.balloon, lambda: False)
+        self.controller = Controller(self.cache, self.balloon, lambda: False, lambda: 0)
         self.pressing = self.arena.account("pressing", tem.PriorityClass("pressing", 10**6)).range("64MiB")
 
     def rungs(self) -> set[str]:

@@ -8,7 +8,7 @@ from torch_elastic_mem.broker.accounts import Accounts
 from torch_elastic_mem.broker.asks import Asks
 from torch_elastic_mem.broker.holder import Holder
 from torch_elastic_mem.broker.need import Need, Queued, reserve_need, shrink_need
-from torch_elastic_mem.broker.protocol import EVICT
+from torch_elastic_mem.broker.protocol import EVICT, PAUSE
 from torch_elastic_mem.broker.queue import Queue
 
 # Of bytes missing, what accounts can give, and what they were asked for already: whom to ask for how much.
@@ -110,7 +110,7 @@ class Reclaim:
             givable = {
                 each.id: each.spare - asked.get(each.id, 0)
                 for each in able
-                if each.id not in need.exhausted and each.offers(need.rung)
+                if each.id not in need.exhausted and each.offers(need.rung) and self._may_ask(need, each)
             }
             planned = plan(missing, givable, asked) if givable else []
             planned = self._with_unused(need, missing, givable, planned)
@@ -123,6 +123,11 @@ class Reclaim:
             if not need.climb():
                 need.rest(now)
                 return 0
+
+    def _may_ask(self, need: Need, victim: Holder) -> bool:
+        if need.rung < PAUSE or not isinstance(need, Queued):
+            return True
+        return self._accounts.ledger.may_pause(need.holder.id, victim.id)
 
     def _with_unused(
         self, need: Need, missing: int, givable: dict[int, int], planned: list[tuple[int, int]]
