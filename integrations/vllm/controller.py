@@ -264,7 +264,7 @@ class Controller:
             self._debt, self._debt_until = 0, 0.0
 
     def _give(self, nbytes: int, keep: int) -> int:
-        """Gives up so many bytes, or what there is beside so many free blocks. What was to come goes first."""
+        """Gives so many bytes, or what there is beside so many free blocks. What was to come goes first."""
         if nbytes <= 0:
             return 0
         self.grower.cancel()
