@@ -31,6 +31,8 @@ class Elastic(Base):
     Only what changes or reads the block pool is wrapped. The engine's one thread calls all of it.
     """
 
+    _pause_state: PauseState  # vLLM's own
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Where the worker made no elastic cache, and has said why: the class that this is mixed into."""
         config = args[0] if args else kwargs["vllm_config"]
