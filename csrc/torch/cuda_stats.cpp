@@ -205,6 +205,11 @@ caching::SnapshotInfo CudaAllocator::snapshot(MempoolId_t pool, bool include_tra
       }
     }
     const auto first = result.segments.begin() + static_cast<std::ptrdiff_t>(before);
+    // NCCL registers a pool's segments in this order, on all ranks at once. So it is that of their places in
+    // the heap, which are the same where ranks do the same, and not that of addresses.
+    int32_t order = 0;
+    std::for_each(first, result.segments.end(),
+                  [&](auto& segment) { segment.registration_counter = order++; });
     std::sort(first, result.segments.end(),
               [](const auto& left, const auto& right) { return left.address < right.address; });
     const size_t active =
