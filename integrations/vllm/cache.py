@@ -13,11 +13,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from torch_elastic_mem.account import Account
-from torch_elastic_mem.activate.settings import Settings
 from torch_elastic_mem.arena import Arena
 from torch_elastic_mem.defaults import default_arena
 from torch_elastic_mem.elastic_kv import ElasticKVTensor
 from torch_elastic_mem.errors import InUseError, InvalidArgument
+from torch_elastic_mem.integrations.vllm import variables
 from torch_elastic_mem.integrations.vllm.compat import Region, Unsupported
 from torch_elastic_mem.torch_cuda import account_of_torch
 
@@ -226,8 +226,7 @@ def open_account(arena: Arena) -> Account:
     _close_left()
     if arena.backend == "cuda" and (found := account_of_torch(arena.device)) is not None:
         return found
-    environment = {"TEM_PRIORITY": "serving", **os.environ}
-    settings = Settings.read(environment)
+    settings = variables.account(os.environ)
     wanted, number = settings.name or "vllm", 1
     while True:
         try:

@@ -8,10 +8,21 @@ Facts, each read in the release's wheel:
   own unless it has a stride. From 0.29 it has `layers`, `layer_stride` and `block_stride`, and all tensors
   lie in one allocation. Both runners allocate with `torch.zeros(size, dtype=torch.int8, device=...)`.
 * From 0.29 the layout is chosen among those that every worker reports (`get_supported_kv_cache_layouts`);
-  those whose name begins with B have the block outermost.
+  those whose name begins with B have the block outermost. A backend that names none takes any, it is said;
+  some of MLA's flatten their cache and take only whole layers.
 * Up to 0.28 any `wake_up` restores the buffers that level 2 has saved, whether or not the weights are back,
   and `post_kv_cache_wake_up` restores what vLLM's own allocator would have lost beside the KV cache: the V1
   runner zeroes all of a quantized cache for it.
+* Where groups keep states, or layers have unlike precision, the runner zeroes blocks of attention when they
+  are handed out (`needs_kv_cache_zeroing`); a state is not read before it is written. In other models a block
+  only ever holds keys and values of one type, so what was in it is finite. Memory that comes to a cache here
+  is zeros, or was the same cache's.
+* For a request a group of states takes `num_speculative_blocks` beyond those that its tokens fill, at once.
+  The V2 runner's warm-up does so for as many requests as a step may have, in blocks counted from 1.
+* Of HiSparse's groups some lie in host memory, and a block of theirs is read without a reference to it.
+* `SimpleCPUOffloadConnector` copies on streams of its own, and holds a reference to a block until the copy
+  has ended. `OffloadingConnector` holds none: it orders its copy of a request's last blocks in the step after
+  they were freed, and waits for copies only before vLLM hands such a block out again.
 * Output in flight of a preempted request: up to 0.28 the scheduler counts what to discard on the request;
   later `_preempt_request` takes `drop_stale_output`.
 """
@@ -28,6 +39,19 @@ from typing import Any
 from torch_elastic_mem.errors import TemError
 
 KNOWN = ("0.26", "0.32", "0.33")
+# Kinds of layers whose blocks are read by requests that hold them, and by nobody else.
+LAYERS = {
+    "ChunkedLocalAttentionSpec",
+    "FullAttentionSpec",
+    "MLAAttentionSpec",
+    "MambaSpec",
+    "SinkFullAttentionSpec",
+    "SlidingWindowMLASpec",
+    "SlidingWindowSpec",
+    "TQFullAttentionSpec",
+}
+# KV connectors that touch a block only while it is held: within a step, or by a reference of their own.
+CONNECTORS = {"ExampleConnector", "SimpleCPUOffloadConnector"}
 
 
 class Unsupported(TemError):
@@ -81,11 +105,12 @@ def make_block_major(config: Any) -> None:
     tensors = config.kv_cache_tensors
     if not tensors or not hasattr(tensors[0], "shared_by"):
         return
-    from vllm.v1.kv_cache_interface import AttentionSpec
+    from vllm.v1.kv_cache_interface import AttentionSpec, MLAAttentionSpec
 
-    if len(config.kv_cache_groups) != 1 or not isinstance(
-        config.kv_cache_groups[0].kv_cache_spec, AttentionSpec
-    ):
+    spec = config.kv_cache_groups[0].kv_cache_spec
+    if len(config.kv_cache_groups) != 1 or not isinstance(spec, AttentionSpec):
+        return
+    if isinstance(spec, MLAAttentionSpec):
         return
     pages = {tensor.size // config.num_blocks for tensor in tensors}
     if len(pages) != 1 or any(tensor.block_stride or len(tensor.shared_by) != 1 for tensor in tensors):
@@ -115,6 +140,8 @@ def regions(config: Any) -> list[Region]:
         if any(tensor.block_stride for tensor in tensors):
             return [_whole(tensors[0].size, config.num_blocks)]
         return [_whole(tensor.size, config.num_blocks) for tensor in tensors]
+    if len({tensor.size for tensor in tensors}) > 1:
+        raise Unsupported("its KV cache lies in several allocations")
     whole = _whole(tensors[0].size, config.num_blocks)
     if all(tensor.block_stride == whole.block_bytes for tensor in tensors):
         return [whole]
@@ -187,3 +214,45 @@ def waking(worker: Any, tags: Sequence[str] | None) -> Iterator[None]:
             setattr(worker, name, value)
         if restores:
             del runner.post_kv_cache_wake_up
+
+
+def require_known_layers(config: Any) -> None:
+    """Refuses a configuration some of whose blocks may be read while no request holds them.
+
+    Raises:
+        Unsupported: it has layers of a kind that is not known here, or a part in host memory.
+    """
+    specs = [spec for group in config.kv_cache_groups for spec in _layers(group.kv_cache_spec)]
+    if unknown := sorted({type(spec).__name__ for spec in specs} - LAYERS):
+        raise Unsupported(f"its KV cache has layers of kinds that are not known here: {', '.join(unknown)}")
+    if any(getattr(tensor, "host_resident", False) for tensor in config.kv_cache_tensors):
+        raise Unsupported("part of its KV cache lies in host memory")
+
+
+def _layers(spec: Any) -> list[Any]:
+    """What the layers of a group keep: one kind of spec, but layers may differ in the size of their heads."""
+    return list(getattr(spec, "kv_cache_specs", {"": spec}).values())
+
+
+def states(spec: Any) -> int:
+    """Blocks of a group that a request takes beyond those its tokens fill."""
+    names = ("num_speculative_blocks", "num_prefill_checkpoint_blocks")
+    return sum(getattr(_layers(spec)[0], name, 0) for name in names)
+
+
+def other_connector(transfer: Any) -> str | None:
+    """Why an engine with this `--kv-transfer-config` is not served, or None where it is or has none."""
+    if transfer is None or transfer.kv_connector is None:
+        return None
+    name = transfer.kv_connector
+    if name in CONNECTORS and transfer.kv_connector_module_path is None:
+        return None
+    if name == "OffloadingConnector":
+        return (
+            "OffloadingConnector copies blocks that no request holds any more, and their memory may have "
+            "gone; VLLM_USE_SIMPLE_KV_OFFLOAD=1 has vLLM offload by one that is served"
+        )
+    return (
+        f"{name} may register or read all of the KV cache, and not all of it has memory; "
+        f"served are {' and '.join(sorted(CONNECTORS))}"
+    )

@@ -6,7 +6,7 @@ import logging
 import os
 from typing import Any
 
-from torch_elastic_mem.integrations.vllm import compat
+from torch_elastic_mem.integrations.vllm import compat, variables
 
 log = logging.getLogger("vllm.torch_elastic_mem")
 HERE = "torch_elastic_mem.integrations.vllm"
@@ -20,7 +20,8 @@ WORKERS = {
 def register() -> None:
     """Has engines that are configured from now on use elastic memory, if TEM_ENABLE=1 asks for it.
 
-    Never raises: where it cannot be, vLLM runs as if this package were not there, and a warning says why.
+    Never raises: where it cannot be, vLLM runs as if this package were not there, and a warning says why. But
+    a variable that says what cannot be is an error of the engine's configuration.
     """
     if os.environ.get("TEM_ENABLE") != "1":
         return
@@ -40,6 +41,8 @@ def register() -> None:
             choose_classes(config)
         except Exception as reason:  # noqa: BLE001  (a field that is called otherwise there, say)
             log.warning("torch_elastic_mem leaves this engine alone: %s", reason)
+        else:
+            variables.check(os.environ)
         return config
 
     create_engine_config.elastic = True  # type: ignore[attr-defined]
@@ -62,8 +65,8 @@ def choose_classes(config: Any) -> None:
         raise compat.Unsupported(f"it has a scheduler class of its own, {scheduling.scheduler_cls}")
     if config.model_config.enable_sleep_mode and (reason := compat.other_sleep(config.model_config)):
         raise compat.Unsupported(reason)
-    if config.kv_transfer_config is not None:
-        raise compat.Unsupported("a KV connector may register the whole cache, and not all of it has memory")
+    if reason := compat.other_connector(config.kv_transfer_config):
+        raise compat.Unsupported(reason)
     if config.model_config.runner_type == "pooling":
         raise compat.Unsupported("a pooling model keeps no KV cache")
     # The CPU engine puts even a single worker in a process of its own; ours shares one with the scheduler.

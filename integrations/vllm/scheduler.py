@@ -53,7 +53,9 @@ class Elastic(Base):
             self._running_blocks,
         )
         self._ahead = ahead - 1
-        self._block_sizes = [group.kv_cache_spec.block_size for group in self.kv_cache_config.kv_cache_groups]
+        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
+        self._block_sizes = [spec.block_size for spec in specs]
+        self._states = sum(map(compat.states, specs))
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """One step, after the pool has been given what the step may use and has lost what others want."""
@@ -122,13 +124,14 @@ class Elastic(Base):
         for request in compat.waiting(self):
             if tokens <= 0:
                 break
-            waiting += sum(-(-request.num_tokens // size) + 1 for size in self._block_sizes)
+            tokens_ahead = request.num_tokens + self.num_lookahead_tokens
+            waiting += self._states + sum(-(-tokens_ahead // size) + 1 for size in self._block_sizes)
             tokens -= request.num_tokens - request.num_computed_tokens
         return self._running_blocks() + waiting
 
     def _running_blocks(self) -> int:
         """Blocks that running requests may take in the next step."""
-        lookahead = 1 + self.num_lookahead_tokens
+        lookahead = 1 + self.num_spec_tokens + self.num_lookahead_tokens
         running = sum(1 + -(-lookahead // size) for size in self._block_sizes) * len(self.running)
         prefills = sum(
             -(-(request.num_tokens - request.num_computed_tokens) // size)

@@ -57,6 +57,7 @@ class Elastic(Base):
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Makes the KV cache, with memory under as many blocks as one step may use."""
         try:
+            compat.require_known_layers(kv_cache_config)
             compat.make_block_major(kv_cache_config)
             regions = compat.regions(kv_cache_config)
         except compat.Unsupported as reason:
@@ -105,15 +106,26 @@ class Elastic(Base):
                 self.elastic_sleep.weights.close()
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
-        """The layouts that the attention backends take, those first whose blocks lie whole."""
-        return compat.prefer_block_major(super().get_supported_kv_cache_layouts())
+        """The layouts that the attention backends take, those first whose blocks lie whole.
+
+        A backend of latents that names none may flatten its cache all the same: their order is vLLM's.
+        """
+        found = super().get_supported_kv_cache_layouts()
+        return found if self.vllm_config.model_config.use_mla else compat.prefer_block_major(found)
 
 
 def first_blocks(vllm_config: Any, kv_cache_config: Any) -> int:
-    """Blocks that a step of the largest size may use, with the null block; at most all."""
-    scheduling = vllm_config.scheduler_config
-    tokens = scheduling.max_num_batched_tokens
+    """Blocks that a step of the largest size may use, with the null block; at most all.
+
+    vLLM's warm-up uses as many, with as many requests as there may be: each has a prompt that is a token
+    longer than a step that verifies drafts, then one such step, and room for the next drafts.
+    """
+    scheduling, speculating = vllm_config.scheduler_config, vllm_config.speculative_config
+    drafts = 0 if speculating is None else speculating.num_speculative_tokens
+    tokens, each_tokens = scheduling.max_num_batched_tokens, 4 + 3 * drafts
     needed = 1
     for group in kv_cache_config.kv_cache_groups:
-        needed += -(-tokens // group.kv_cache_spec.block_size) + scheduling.max_num_seqs
+        spec = group.kv_cache_spec
+        each = -(-each_tokens // spec.block_size) + compat.states(spec)
+        needed += -(-tokens // spec.block_size) + each * scheduling.max_num_seqs
     return min(needed, kv_cache_config.num_blocks)

@@ -31,21 +31,43 @@ def fact(name: str, value: object) -> None:
 def engine(folder: Path, shape: str, **more: Any) -> Any:
     from vllm import LLM
 
-    return LLM(
-        model=str(shapes.write(shape, folder)),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        dtype="float32",
-        max_model_len=1024,
-        max_num_seqs=16,
-        max_num_batched_tokens=512,
-        kv_cache_memory_bytes=CACHE,
-        block_size=BLOCK,
-        enforce_eager=True,
-        disable_log_stats=False,
-        seed=0,
-        **more,
-    )
+    draw_weights()
+    arguments: dict[str, Any] = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 512,
+        "kv_cache_memory_bytes": CACHE,
+        "block_size": BLOCK,
+        "enforce_eager": True,
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    return LLM(model=str(shapes.write(shape, folder)), **arguments | more)
+
+
+def draw_weights() -> None:
+    """Has vLLM draw weights with which a token depends on all before it.
+
+    Its own are so small, norms' included, that only the last token matters: an engine without a KV cache
+    would answer the same.
+    """
+    from vllm.model_executor.model_loader import dummy_loader, weight_utils
+
+    plain = weight_utils.initialize_single_dummy_weight
+    if getattr(plain, "larger", False):
+        return
+
+    def draw(parameter: Any, *_: Any, **__: Any) -> None:
+        plain(parameter, -0.1, 0.1)
+        if parameter.dim() == 1:
+            parameter.data.add_(1.0)
+
+    draw.larger = True  # type: ignore[attr-defined]
+    weight_utils.initialize_single_dummy_weight = draw
+    dummy_loader.initialize_single_dummy_weight = draw
 
 
 def prompts(seed: int, count: int) -> list[dict[str, list[int]]]:

@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheTensor,
+    MLAAttentionSpec,
 )
 
 from torch_elastic_mem.integrations.vllm import compat
@@ -153,7 +154,9 @@ def test_one_group_of_like_layers_is_laid_out_block_after_block() -> None:
 
 
 @old
-@pytest.mark.parametrize("how", ["two groups", "two sizes", "a shared tensor", "another kind of layer"])
+@pytest.mark.parametrize(
+    "how", ["two groups", "two sizes", "a shared tensor", "another kind of layer", "latents"]
+)
 def test_what_cannot_be_laid_out_block_after_block_stays_as_it_is(how: str) -> None:
     made = config(separate())
     if how == "two groups":
@@ -162,6 +165,10 @@ def test_what_cannot_be_laid_out_block_after_block_stays_as_it_is(how: str) -> N
         made = config(separate() + separate(pages=2))
     elif how == "a shared tensor":
         made.kv_cache_tensors[0].shared_by.append("another")
+    elif how == "latents":
+        made.kv_cache_groups[0].kv_cache_spec = MLAAttentionSpec(
+            block_size=16, num_kv_heads=1, head_size=64, dtype=torch.float32
+        )
     else:
         made.kv_cache_groups[0].kv_cache_spec = SimpleNamespace(block_size=16)
     before = where(made.kv_cache_tensors)

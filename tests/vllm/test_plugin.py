@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +15,10 @@ pytest.importorskip("vllm")
 
 from vllm.engine.arg_utils import EngineArgs
 
+from tests.broker.service import Service
 from tests.programs import ROOT
-from torch_elastic_mem.integrations.vllm import plugin
+from torch_elastic_mem.errors import BrokerError, InvalidArgument
+from torch_elastic_mem.integrations.vllm import compat, plugin
 from torch_elastic_mem.integrations.vllm.compat import Unsupported
 
 GPU, CPU = plugin.WORKERS
@@ -36,6 +39,10 @@ def config(worker: str = CPU, *, asynchronous: bool = False) -> Any:
 
 def sleeping(backend: str = "cumem", **more: Any) -> Any:
     return SimpleNamespace(enable_sleep_mode=True, sleep_mode_backend=backend, runner_type="generate", **more)
+
+
+def connector(name: str | None, module: str | None = None) -> Any:
+    return SimpleNamespace(kv_connector=name, kv_connector_module_path=module)
 
 
 def with_other(path: str, value: object) -> Any:
@@ -65,6 +72,7 @@ def engine_args(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     answers: list[Any] = []
     monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self, *args, **kwargs: answers.pop(0))
     monkeypatch.setenv("TEM_ENABLE", "1")
+    monkeypatch.setenv("TEM_BROKER", "0")
     return answers
 
 
@@ -97,7 +105,10 @@ def test_one_rank_gets_our_worker_beside_our_scheduler(
         ("model_config", sleeping("mine"), "a backend of its own, mine"),
         ("model_config", sleeping(sleep_mode_offload_cudagraph=True), "CUDA graphs are not put away"),
         ("model_config.runner_type", "pooling", "pooling"),
-        ("kv_transfer_config", SimpleNamespace(kv_connector="mine"), "KV connector"),
+        ("kv_transfer_config", connector("NixlConnector"), "NixlConnector may register or read all"),
+        ("kv_transfer_config", connector("MultiConnector"), "served are ExampleConnector and Simple"),
+        ("kv_transfer_config", connector("ExampleConnector", "mine"), "ExampleConnector may register"),
+        ("kv_transfer_config", connector("OffloadingConnector"), "VLLM_USE_SIMPLE_KV_OFFLOAD=1"),
     ],
 )
 def test_what_is_not_served_is_left_as_it_is(path: str, value: object, why: str) -> None:
@@ -112,6 +123,19 @@ def test_sleep_mode_is_served(model: Any) -> None:
     made = with_other("model_config", model)
     plugin.choose_classes(made)
     assert chosen(made) == (plugin.WORKERS[CPU], SCHEDULERS[0], "uni")
+
+
+@pytest.mark.parametrize("name", ["ExampleConnector", "SimpleCPUOffloadConnector", None])
+def test_connectors_that_hold_what_they_copy_are_served(name: str | None) -> None:
+    made = with_other("kv_transfer_config", connector(name))
+    plugin.choose_classes(made)
+    assert chosen(made) == (plugin.WORKERS[CPU], SCHEDULERS[0], "uni")
+
+
+def test_the_connectors_that_are_served_are_vllms() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    assert set(KVConnectorFactory._registry) >= compat.CONNECTORS | {"OffloadingConnector"}
 
 
 @pytest.mark.parametrize("value", [None, "0", "true", ""])
@@ -219,3 +243,55 @@ def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
     (point,) = points["vllm.general_plugins"].values()
     module, name = point.split(":")
     assert getattr(importlib.import_module(module), name) is plugin.register
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("TEM_PRIORITY", "urgent"),
+        ("TEM_MAX", "a lot"),
+        ("TEM_WEIGHT", "heavy"),
+        ("TEM_DEVICE", "tpu:0"),
+    ],
+)
+def test_a_wrong_variable_is_an_error_of_the_engines_configuration_that_names_it(
+    monkeypatch: pytest.MonkeyPatch, engine_args: list[Any], variable: str, value: str
+) -> None:
+    plugin.register()
+    monkeypatch.setenv(variable, value)
+    engine_args.append(config())
+    with pytest.raises(InvalidArgument, match=variable):
+        created()
+
+
+def test_a_broker_that_is_named_and_does_not_answer_is_an_error_of_the_configuration(
+    monkeypatch: pytest.MonkeyPatch, engine_args: list[Any], tmp_path: Path
+) -> None:
+    plugin.register()
+    monkeypatch.setenv("TEM_BROKER", str(tmp_path / "nobody.sock"))
+    engine_args.append(config())
+    with pytest.raises(BrokerError, match=r"TEM_BROKER: no broker listens at .*nobody\.sock"):
+        created()
+
+
+def test_a_broker_that_is_named_and_answers_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, engine_args: list[Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    service = Service(tmp_path_factory.mktemp("b")).start()
+    try:
+        plugin.register()
+        monkeypatch.setenv("TEM_BROKER", str(service.path))
+        engine_args.append(config())
+        assert chosen(created())[0] == plugin.WORKERS[CPU]
+    finally:
+        service.close()
+
+
+def test_what_the_variables_say_of_an_engine_that_is_not_served_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch, engine_args: list[Any], warnings: list[str]
+) -> None:
+    plugin.register()
+    monkeypatch.setenv("TEM_MAX", "a lot")
+    engine_args.append(with_other("model_config.runner_type", "pooling"))
+    created()
+    assert len(warnings) == 1 and "pooling" in warnings[0]

@@ -1,0 +1,43 @@
+"""Kinds of models and features on the real engine: squeezed again and again, they serve vLLM's tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests.programs import end, start
+from tests.vllm.facts import read
+from tests.vllm.models import CACHE
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def facts(how: str, kind: str) -> dict[str, Any]:
+    done = end(start("-m", "tests.vllm.models", how, kind, TEM_BROKER="0"), timeout=400)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return dict(map(read, done.stdout.splitlines()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups"),
+    [
+        ("states", ["MambaSpec", "FullAttentionSpec"]),
+        ("ngram", ["FullAttentionSpec"]),
+        ("eagle", ["FullAttentionSpec"]),
+        ("lora", ["FullAttentionSpec"]),
+        ("reload", ["FullAttentionSpec"]),
+        ("reset", ["FullAttentionSpec"]),
+        ("simple_offload", ["FullAttentionSpec"]),
+    ],
+)
+def test_it_serves_the_same_tokens(kind: str, groups: list[str]) -> None:
+    alone, shared = facts("alone", kind), facts("shared", kind)
+    assert shared["groups"] == alone["groups"] == groups
+    assert shared["scheduler"] == f"Elastic{alone['scheduler']}"
+    assert any(shared["demands"]) and shared["least"] <= CACHE // 2
+    assert shared["tokens"] == alone["tokens"]
+    if kind == "simple_offload":
+        assert shared["found elsewhere"] > 0, "what was dropped here came back from the connector"
