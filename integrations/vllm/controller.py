@@ -6,7 +6,8 @@ arena's or of another tenant. Blocks that no request holds are given up by that 
 engine need not be woken and a busy one is not waited for: what steps on their way may still do to such blocks
 is on the stream already, and the memory goes behind it. Only between a step's scheduling and the moment when
 the stream has all of its work is that not so; then the engine's thread does it at the end of that span.
-Running requests are preempted by the engine's thread alone, before it schedules.
+Blocks of running requests are moved, and requests preempted, by the engine's thread alone, before it
+schedules.
 
 The lock order is `lock`, then the grower's, then those of the arena. Nobody waits for a demand or for memory
 with `lock` held, except a step that needs blocks, and that no longer than `PATIENCE`.
@@ -23,6 +24,7 @@ from torch_elastic_mem.errors import InUseError
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache
 from torch_elastic_mem.integrations.vllm.grower import Grower
+from torch_elastic_mem.integrations.vllm.mover import Mover
 from torch_elastic_mem.integrations.vllm.teller import Teller
 
 # What a step waits for memory on its way rather than give up a warm prefix or preempt a request.
@@ -55,6 +57,7 @@ class Controller:
         self.grower = Grower(cache)
         self._cache = cache
         self._preempt = preempt
+        self.mover: Mover | None = None  # where blocks can move
         self._steps = 0  # scheduled, and not wholly on the stream; all below are guarded by the lock
         self._demands: list[Demand] = []
         self._closed = False
@@ -213,20 +216,32 @@ class Controller:
         later = []
         for demand in self._demands:
             demand.nbytes -= self._give(demand.nbytes)
-            if demand.preempting and demand.nbytes > 0 and self.balloon.in_use():
+            if demand.nbytes > 0 and self._could_before_a_step(demand):
                 later.append(demand)
             else:
                 demand.served.set()
         self._demands = later
 
     def _serve(self) -> None:
-        """Gives up what is wanted, and preempts where that is asked for; before scheduling."""
+        """Gives up what is wanted, moves blocks for it, and preempts where that is asked for; before scheduling."""
         for demand in self._demands:
-            demand.nbytes -= self._give(demand.nbytes)
-            while demand.preempting and demand.nbytes > 0 and self._preempt():
-                demand.nbytes -= self._give(demand.nbytes)
+            while demand.nbytes > 0:
+                given = self._give(demand.nbytes) or self._compact(demand.nbytes)
+                if not given and not (demand.preempting and self._preempt()):
+                    break
+                demand.nbytes -= given
             demand.served.set()
         self._demands.clear()
+
+    def _could_before_a_step(self, demand: Demand) -> bool:
+        """Whether the engine's thread can give what this one cannot."""
+        if not self.balloon.in_use():
+            return False
+        return demand.preempting or (self.mover is not None and self.mover.could())
+
+    def _compact(self, nbytes: int) -> int:
+        # What is not on the stream yet would come after the copies, and write to the old places.
+        return self.mover.give(nbytes) if self.mover is not None and not self._steps else 0
 
     def _give(self, nbytes: int) -> int:
         """Gives up so many bytes, or what there is. What was to come goes first."""

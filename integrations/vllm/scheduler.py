@@ -11,8 +11,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from torch_elastic_mem.integrations.vllm import compat
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
-from torch_elastic_mem.integrations.vllm.cache import find, forget
+from torch_elastic_mem.integrations.vllm.cache import ElasticCache, find, forget
 from torch_elastic_mem.integrations.vllm.controller import Controller
+from torch_elastic_mem.integrations.vllm.mover import Mover
 from torch_elastic_mem.integrations.vllm.worker import first_blocks
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Elastic(Base):
         self.elastic = Controller(
             cache, Balloon(pool, cache.chunk_blocks, -(-ahead // cache.chunk_blocks)), self._preempt_last
         )
+        self.elastic.mover = self._mover(cache)
         self._ahead = ahead - 1
         self._block_sizes = [group.kv_cache_spec.block_size for group in self.kv_cache_config.kv_cache_groups]
 
@@ -124,6 +126,17 @@ class Elastic(Base):
             for size in self._block_sizes
         )
         return running + prefills + waiting
+
+    def _mover(self, cache: ElasticCache) -> Mover | None:
+        if reason := compat.unmovable(self):
+            log.info("sparse chunks of this engine's KV cache are not compacted: %s", reason)
+            return None
+        return Mover(
+            cache,
+            self.elastic.balloon,
+            lambda blocks: compat.tables_with(self, blocks),
+            lambda: bool(self.running) and self.pause_state != PauseState.PAUSED_ALL,
+        )
 
     def _preempt_last(self) -> bool:
         """Preempts the request that vLLM itself would."""

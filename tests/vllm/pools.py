@@ -27,7 +27,13 @@ def fill(pool: Any, block: Any, content: int) -> None:
 
 
 def cached(pool: Any, content: int) -> bool:
-    return pool.get_cached_block(hash_of(content), [0]) is not None
+    return find(pool, content) is not None
+
+
+def find(pool: Any, content: int) -> Any:
+    """The block in which the prefix cache has this; None: it has not."""
+    found = pool.get_cached_block(hash_of(content), [0])
+    return found and found[0]
 
 
 def hash_of(content: int) -> Any:
