@@ -183,10 +183,10 @@ class ElasticCache:
         with torch.cuda.stream(self._stream):
             for part, layers in self._parts:
                 sources = self._in_layers([source for source, _ in moves], layers)
-                to = self._in_layers([block for _, block in moves], layers)
+                places = self._in_layers([to for _, to in moves], layers)
                 for tensor in part.tensors:
                     # One launch for many, and no memory aside, of which there may be none.
-                    torch._foreach_copy_([tensor[block] for block in to], [tensor[block] for block in sources])
+                    torch._foreach_copy_([tensor[to] for to in places], [tensor[block] for block in sources])
 
     def _in_layers(self, blocks: list[int], layers: int) -> list[int]:
         if layers == 1:

@@ -16,13 +16,13 @@ Facts, each read in the release's wheel:
   later `_preempt_request` takes `drop_stale_output`.
 * All that keeps a block from step to step in the scheduler keeps the object, not its number. By number it is
   known in `BlockPool.blocks`, in the map of cached blocks where two have one content, in
-  `cached_block_hashes_by_block`, in the sampled metrics, in what KV connectors do, and where routed experts
-  are returned. A step's output has numbers, but its work is on the stream before the next is scheduled.
-* The runner has tables of its own and is sent what is new. The V1 runner's rows are pinned memory that goes to
-  the device with every step: `prepare_inputs_event` has passed when it has gone. The V2 runner's are on the
-  device; writes to them are staged in buffers of which there are as many as steps in flight. To send all of a
-  table anew, as for a request that is resumed, would take it off the batch: V2 then loses what is in flight
-  and the sampler's state, and V1 with output in flight takes the wrong tokens for it.
+  `cached_block_hashes_by_block`, in the sampled metrics, to KV connectors, and where routed experts are
+  returned. A step's output has numbers, but its work is on the stream before the next is scheduled.
+* The runner has tables of its own and is sent what is new. The V1 runner's rows are pinned memory that goes
+  to the device with every step; `prepare_inputs_event` has passed when it has gone. The V2 runner's are on
+  the device, and writes to them are staged in as many buffers as there may be steps in flight. To send a
+  table whole, as for a request that is resumed, would take the request off the batch: V2 then loses what is
+  in flight and the sampler's state, and V1 takes wrong tokens for what is in flight.
 """
 
 from __future__ import annotations

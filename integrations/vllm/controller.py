@@ -10,7 +10,8 @@ Blocks of running requests are moved, and requests preempted, by the engine's th
 schedules.
 
 The lock order is `lock`, then the grower's, then those of the arena. Nobody waits for a demand or for memory
-with `lock` held, except a step that needs blocks, and that no longer than `PATIENCE`.
+with `lock` held, except a step that needs blocks, and that no longer than `PATIENCE`. A move may wait for the
+step in flight to have read its block tables.
 """
 
 from __future__ import annotations
@@ -108,6 +109,11 @@ class Controller:
         """The stream has all of a step's work."""
         with self.lock:
             self._steps = max(0, self._steps - 1)
+            self._serve_if_safe()
+
+    def reconsider(self) -> None:
+        """Requests have ended, or no step is to come: who waits for the next may have no reason to."""
+        with self.lock:
             self._serve_if_safe()
 
     def usage(self) -> float:
@@ -223,7 +229,7 @@ class Controller:
         self._demands = later
 
     def _serve(self) -> None:
-        """Gives up what is wanted, moves blocks for it, and preempts where that is asked for; before scheduling."""
+        """Gives up what is wanted, by moves and, where they are asked for, preemptions; before scheduling."""
         for demand in self._demands:
             while demand.nbytes > 0:
                 given = self._give(demand.nbytes) or self._compact(demand.nbytes)

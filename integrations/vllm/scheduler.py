@@ -61,7 +61,9 @@ class Elastic(Base):
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's."""
         with self.elastic.lock:
-            return super().update_from_output(*args, **kwargs)
+            done = super().update_from_output(*args, **kwargs)
+            self.elastic.reconsider()
+            return done
 
     def add_request(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's."""
@@ -71,7 +73,9 @@ class Elastic(Base):
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's."""
         with self.elastic.lock:
-            return super().finish_requests(*args, **kwargs)
+            done = super().finish_requests(*args, **kwargs)
+            self.elastic.reconsider()
+            return done
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's, which wants every block free: parked ones are, while it looks."""
@@ -98,6 +102,7 @@ class Elastic(Base):
             log.warning("the engine sleeps: it goes on after wake_up(), and not before")
             return
         super().set_pause_state(pause_state)
+        self.elastic.reconsider()
 
     def shutdown(self) -> None:
         """As vLLM's. The worker has been shut down before, and runs no step any more."""

@@ -38,9 +38,7 @@ class Runner:
 
     def holding(self, blocks: Collection[int]) -> BlockTables:
         tables = {id(held): [block.block_id for block in held] for held in self.engine.requests}
-        return {
-            str(request): (table,) for request, table in tables.items() if not blocks.isdisjoint(table)
-        }
+        return {str(request): (table,) for request, table in tables.items() if set(blocks) & set(table)}
 
     def moved(self, tables: BlockTables) -> None:
         self.told.append(tables)
@@ -212,6 +210,22 @@ def test_who_may_only_evict_gets_what_blocks_that_move_leave(sparse: Engine, run
     asking.join()
     assert sparse.cache.resident_bytes == 6 * CHUNK
     assert sparse.preempted_by == []
+
+
+@pytest.mark.parametrize("why", ["all requests have ended", "the engine is paused"])
+def test_who_waits_for_a_step_waits_no_longer_once(why: str, sparse: Engine, runner: Runner) -> None:
+    limit = {"high": CHUNK, "timeout": LONG}
+    asking = threading.Thread(target=sparse.cache.account.set_limits, kwargs=limit)
+    asking.start()
+    while sparse.demands() != [False]:
+        assert asking.is_alive()
+    if why == "the engine is paused":
+        runner.stepping = False
+    else:
+        sparse.pool.free_blocks(sparse.requests.pop())
+    sparse.controller.reconsider()
+    asking.join()
+    assert sparse.cache.resident_bytes == CHUNK * (1 if not sparse.requests else 8)
 
 
 @pytest.mark.parametrize("why", ["no step is to come", "blocks cannot move"])
