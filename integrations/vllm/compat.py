@@ -174,6 +174,8 @@ def unmovable(scheduler: Any) -> str | None:
     kinds = {type(group.kv_cache_spec).__name__ for group in scheduler.kv_cache_config.kv_cache_groups}
     if others := kinds - MOVABLE:
         return f"it has layers of another kind, {', '.join(sorted(others))}"
+    if config.parallel_config.world_size > 1:
+        return "its runners are in other processes"
     if config.speculative_config is not None:
         return "it decodes speculatively"
     if config.kv_transfer_config is not None:
