@@ -42,11 +42,11 @@ def hash_of(content: int) -> Any:
     return BlockHash(content.to_bytes(32, "big"))
 
 
-def leave(pool: Any, ids: Iterable[int]) -> None:
-    """A request filled these blocks, each with its number as content, and went; the last was used last."""
+def leave(pool: Any, ids: Iterable[int], content: int | None = None) -> None:
+    """A request filled these blocks, each with its number or this, and went; the last was used last."""
     blocks = take(pool, ids)
     for block in blocks:
-        fill(pool, block, block.block_id)
+        fill(pool, block, block.block_id if content is None else content)
     pool.free_blocks(blocks)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import torch_elastic_mem as tem
-from tests.vllm.pools import cached, fill, find, free_ids
+from tests.vllm.pools import cached, fill, find, free_ids, leave
 from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Demand, Engine
 from torch_elastic_mem.integrations.vllm.cache import BlockTables
 from torch_elastic_mem.integrations.vllm.mover import Mover
@@ -280,6 +280,18 @@ def test_a_block_that_several_hold_moves_for_all_of_them(full: Engine, runner: R
     for held in (full.requests.pop(), full.requests.pop()):
         full.pool.free_blocks(held)
     assert cached(full.pool, 7), "its prefix is warm when both have gone"
+
+
+def test_what_was_cached_where_a_block_goes_is_forgotten(full: Engine) -> None:
+    for block in (3, 4):
+        leave(full.pool, [block], content=7)
+    full.hold(9)
+    with full.controller.lock:
+        full.balloon.move([(9, 3)])
+    assert [block.block_id for block in full.requests[0]] == [3]
+    assert find(full.pool, 7) is full.pool.blocks[4]
+    full.pool.evict_blocks({4})
+    assert not cached(full.pool, 7)
 
 
 def test_what_is_read_is_never_the_place_that_memory_has_left(sparse: Engine, runner: Runner) -> None:

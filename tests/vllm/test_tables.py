@@ -59,11 +59,14 @@ def test_a_block_with_several_contents_is_found_by_each() -> None:
     from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
     pool = pool_of(10)
-    (block,) = take(pool, [3])
-    fill(pool, block, 5)
-    pool._insert_block_hash(make_block_hash_with_group_id(hash_of(6), 0), block, 8)
+    first, second = take(pool, [3, 4])
+    fill(pool, first, 5)
+    pool._insert_block_hash(make_block_hash_with_group_id(hash_of(6), 0), first, 8)
+    fill(pool, second, 6)
     compat.exchange(pool, 3, 7)
-    assert find(pool, 5) is find(pool, 6) is block
+    assert find(pool, 5) is first
+    pool.evict_blocks({4})
+    assert find(pool, 6) is first
     pool.evict_blocks({7})
     assert not cached(pool, 5) and not cached(pool, 6)
     assert not pool.cached_block_hashes_by_block
