@@ -30,8 +30,9 @@ SEED = 20
 STARTING = 400.0
 # An engine that is behind has so long after the last arrival, or it is taken for stuck.
 DRAIN = 240.0
-UNASKED, ASKED = "nobody asks", "asked each second for what no request uses"
-TREATMENTS = {UNASKED: 0.0, ASKED: 1.0}
+UNASKED, ASKED = "nobody asks", "asked each second for what costs no request"
+# How often it is asked, and whether it moves blocks for that.
+TREATMENTS = {UNASKED: (0.0, True), ASKED: (1.0, True), "the same, without compaction": (1.0, False)}
 
 
 def chosen(found: Sequence[Request], speed: float, seconds: float, longest: int) -> list[Request]:
@@ -87,8 +88,8 @@ def main(
         with Worker("vllm.memory_worker", OURS, backend) as worker:
             facts = worker.ask({"open": msgspec.to_builtins(opening)}, STARTING)
             with progress("serving", len(TREATMENTS)) as advance:
-                for number, (name, every) in enumerate(TREATMENTS.items()):
-                    asked = Trace(requests, SEED + number, SHAPES[shape]["vocab_size"], every)
+                for number, (name, (every, compacted)) in enumerate(TREATMENTS.items()):
+                    asked = Trace(requests, SEED + number, SHAPES[shape]["vocab_size"], every, compacted)
                     try:
                         seen = worker.ask({"trace": msgspec.to_builtins(asked)}, seconds + DRAIN)
                     except WorkerError as error:

@@ -34,6 +34,7 @@ def _mapped(title: str, rows: Mapping[str, Held], kv_bytes: int, notes: Sequence
         "p95",
         "over in use and cached",
         "preempted",
+        "blocks moved",
     ]
     shown = [
         [
@@ -45,6 +46,7 @@ def _mapped(title: str, rows: Mapping[str, Held], kv_bytes: int, notes: Sequence
             f"{held.used.fragmentation_p95:.3f}",
             f"{held.kept.fragmentation:.3f}",
             str(held.preempted),
+            str(held.moved),
         ]
         for name, held in rows.items()
     ]
@@ -58,6 +60,7 @@ def _mapped(title: str, rows: Mapping[str, Held], kv_bytes: int, notes: Sequence
                 "",
                 f"{_size(kv_bytes)} / {_size(kv_bytes)}",
                 f"{kv_bytes / first.used.mean_live:.3f}",
+                "",
                 "",
                 "",
                 "",

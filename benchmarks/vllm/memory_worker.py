@@ -28,13 +28,15 @@ class Trace(msgspec.Struct):
     """Requests to serve, and how.
 
     Attributes:
-        taken_every: seconds after which all is taken that no request uses, again and again; 0: never.
+        taken_every: seconds after which all is taken that costs no request, again and again; 0: never.
+        compacted: whether blocks of requests are moved for that.
     """
 
     requests: list[Request]
     seed: int
     vocabulary: int
     taken_every: float
+    compacted: bool
 
     def arrivals(self) -> list[Arrival]:
         """The requests, with prompts of their own: no prefix is of use to another."""
@@ -54,6 +56,7 @@ class Held(msgspec.Struct):
         used: mapped beside what requests held. kept: beside that and the prefixes that were cached.
         curve: of `used`.
         requests: how many were served. preempted: how often one was preempted.
+        moved: blocks that were moved.
         idle: bytes mapped when all had been served. emptied: and when a higher class had taken what it could.
     """
 
@@ -63,6 +66,7 @@ class Held(msgspec.Struct):
     requests: int
     seconds: float
     preempted: int
+    moved: int
     idle: int
     emptied: int
 
@@ -94,7 +98,11 @@ class MemoryWorker:
         engine.llm.reset_prefix_cache()
         self._take_all()
         arrivals, before = trace.arrivals(), engine.preempted
-        with self._looked_at() as (used, kept), self._taken(trace.taken_every):
+        with (
+            self._moving(trace.compacted) as moved,
+            self._looked_at() as (used, kept),
+            self._taken(trace.taken_every),
+        ):
             seen = drive(engine.llm, arrivals, time.monotonic())
         if seen.short:
             raise RuntimeError(f"{seen.short} requests did not get all their tokens")
@@ -108,9 +116,28 @@ class MemoryWorker:
             len(arrivals),
             seen.seconds,
             engine.preempted - before,
+            sum(moved),
             idle,
             self._left,
         )
+
+    @contextmanager
+    def _moving(self, compacted: bool) -> Iterator[list[int]]:
+        """Yields how many blocks were moved at a time."""
+        elastic, moved = self._engine.scheduler.elastic, []
+        mover, plain = elastic.mover, elastic.balloon.move
+
+        def move(moves: list[tuple[int, int]]) -> None:
+            moved.append(len(moves))
+            plain(moves)
+
+        elastic.balloon.move = move
+        if not compacted:
+            elastic.mover = None
+        try:
+            yield moved
+        finally:
+            elastic.mover, elastic.balloon.move = mover, plain
 
     @contextmanager
     def _looked_at(self) -> Iterator[tuple[Residency, Residency]]:

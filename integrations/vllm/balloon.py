@@ -7,9 +7,12 @@ that share extents.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from torch_elastic_mem.integrations.vllm import compat
+from torch_elastic_mem.integrations.vllm.compaction import Chunk, Hole
 
 
 class Pool(Protocol):
@@ -123,23 +126,54 @@ class Balloon:
 
         By chunk rather than by block: what is cached beside it goes with a block in any case.
         """
+        order = self._warmth()
+        costs = []
+        for chunk in range(1, self.num_chunks):
+            if chunk in self._out:
+                continue
+            blocks = self.of(chunk)
+            if any(map(_held, blocks)):
+                continue
+            places = [order[block.block_id] for block in blocks if block.block_id in order]
+            costs.append(Cost(len(places), max(places, default=-1), -chunk))
+        return [-cost.chunk for cost in sorted(costs)[:count]]
+
+    def occupancy(self, fixed: Callable[[int], bool]) -> list[Chunk]:
+        """The chunks with memory, and what is in them.
+
+        Args:
+            fixed: whether a chunk stays in any case. One with a block that vLLM has for itself does too.
+        """
+        order = self._warmth()
+        found = []
+        for number in self.resident():
+            blocks = self.of(number)
+            used = [block.block_id for block in blocks if block.ref_cnt and not block.is_null]
+            holes = [
+                Hole(order.get(block.block_id, -1), block.block_id) for block in blocks if not _held(block)
+            ]
+            stays = len(used) + len(holes) < len(blocks) or fixed(number)
+            found.append(Chunk(number, used, holes, stays))
+        return found
+
+    def move(self, moves: Iterable[tuple[int, int]]) -> None:
+        """Has whoever holds a block hold another instead, which nobody does; (from, to).
+
+        What the prefix cache knows of it goes with it; what it knows of the other is forgotten.
+        """
+        for source, to in moves:
+            self._pool.evict_blocks({to})
+            compat.exchange(self._pool, source, to)
+
+    def _warmth(self) -> dict[int, int]:
+        """The cached blocks that nobody holds, by how late they were used."""
         order: dict[int, int] = {}
         block = self._pool.free_block_queue.fake_free_list_head.next_free_block
         while block is not None and block.next_free_block is not None:
             if block.block_hash is not None:
                 order[block.block_id] = len(order)
             block = block.next_free_block
-        costs = []
-        for chunk in range(1, self.num_chunks):
-            if chunk in self._out:
-                continue
-            blocks = self.of(chunk)
-            # A block that is in no queue is in use even where nobody counts it, as sinks are.
-            if any(block.ref_cnt or block.prev_free_block is None for block in blocks):
-                continue
-            places = [order[block.block_id] for block in blocks if block.block_id in order]
-            costs.append(Cost(len(places), max(places, default=-1), -chunk))
-        return [-cost.chunk for cost in sorted(costs)[:count]]
+        return order
 
     @property
     def free_blocks(self) -> int:
@@ -185,3 +219,8 @@ class Balloon:
     def in_use(self) -> int:
         """Blocks that requests hold, without the null block."""
         return len(self._pool.blocks) - 1 - self._pool.get_num_free_blocks() - self.parked_blocks
+
+
+def _held(block: Any) -> bool:
+    # A block that is in no queue is in use even where nobody counts it, as sinks are.
+    return bool(block.ref_cnt) or block.prev_free_block is None

@@ -28,6 +28,9 @@ log = logging.getLogger("vllm.torch_elastic_mem")
 EXTENT = 16 << 20
 PIECES = 64
 
+# The blocks of requests, by their id: numbers for each group of layers.
+BlockTables = dict[str, tuple[list[int], ...]]
+
 _lock = threading.Lock()
 _host: Arena | None = None  # guarded by the lock
 _caches: dict[str, ElasticCache] = {}  # by the engine's instance id; guarded by the lock, like the next
@@ -67,6 +70,7 @@ class ElasticCache:
         chunk_bytes: bytes of a whole chunk in all regions.
         freed_bytes: what giving up a chunk frees at least, beside neighbours that stay.
         on_enqueued: called by the worker when the stream has all of a step's work.
+        on_moved: has the worker use these tables from the next step on.
         resting: whom sleep and wake-up go to.
     """
 
@@ -95,6 +99,7 @@ class ElasticCache:
             count * region.layers for count, region in zip(whole, regions, strict=True)
         )
         self.on_enqueued: Callable[[], None] = lambda: None
+        self.on_moved: Callable[[BlockTables], None] = lambda _: None
         self.resting: Resting | None = None
         self._stream: Any = None
         # Regions of one shape are stripes of one cache: their extents come and go together.
@@ -172,6 +177,16 @@ class ElasticCache:
         with torch.cuda.stream(self._stream):
             for part, layers in self._parts:
                 part.release(self._in_layers(blocks, layers))
+
+    def copy(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copies blocks, (from, to), after all that the stream has been given so far; none is both."""
+        with torch.cuda.stream(self._stream):
+            for part, layers in self._parts:
+                sources = self._in_layers([source for source, _ in moves], layers)
+                places = self._in_layers([to for _, to in moves], layers)
+                for tensor in part.tensors:
+                    # One launch for many, and no memory aside, of which there may be none.
+                    torch._foreach_copy_([tensor[to] for to in places], [tensor[block] for block in sources])
 
     def _in_layers(self, blocks: list[int], layers: int) -> list[int]:
         if layers == 1:

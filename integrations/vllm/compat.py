@@ -25,16 +25,27 @@ Facts, each read in the release's wheel:
   they were freed, and waits for copies only before vLLM hands such a block out again.
 * Output in flight of a preempted request: up to 0.28 the scheduler counts what to discard on the request;
   later `_preempt_request` takes `drop_stale_output`.
+* All that keeps a block from step to step in the scheduler keeps the object, not its number. By number it is
+  known in `BlockPool.blocks`, in the map of cached blocks where two have one content, in
+  `cached_block_hashes_by_block`, in the sampled metrics, to KV connectors, and where routed experts are
+  returned. A step's output has numbers, but its work is on the stream before the next is scheduled.
+* The runner has tables of its own and is sent what is new. The V1 runner's rows are pinned memory that goes
+  to the device with every step; `prepare_inputs_event` has passed when it has gone. The V2 runner's are on
+  the device, and writes to them are staged in as many buffers as there may be steps in flight. To send a
+  table whole, as for a request that is resumed, would take the request off the batch: V2 then loses what is
+  in flight and the sampler's state, and V1 takes wrong tokens for what is in flight.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from torch_elastic_mem.errors import TemError
 
@@ -52,6 +63,9 @@ LAYERS = {
 }
 # KV connectors that touch a block only while it is held: within a step, or by a reference of their own.
 CONNECTORS = {"ExampleConnector", "SimpleCPUOffloadConnector"}
+# The layers of which nothing is kept by a block's number but what `exchange` and `write_tables` write. Those
+# of a kind derived from these are others.
+MOVABLE = {"FullAttentionSpec", "SlidingWindowSpec"}
 
 
 class Unsupported(TemError):
@@ -179,6 +193,80 @@ def preempt(scheduler: Any, request: Any) -> None:
         request.num_output_placeholders = 0
     # It may be resumed in the very step that follows, which must then bring the runner all of it.
     scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+
+
+def unmovable(scheduler: Any) -> str | None:
+    """Why blocks of this engine cannot move, if they cannot."""
+    config = scheduler.vllm_config
+    kinds = {type(group.kv_cache_spec).__name__ for group in scheduler.kv_cache_config.kv_cache_groups}
+    if others := kinds - MOVABLE:
+        return f"it has layers of another kind, {', '.join(sorted(others))}"
+    if config.parallel_config.world_size > 1:
+        return "its runners are in other processes"
+    if config.speculative_config is not None:
+        return "it decodes speculatively"
+    if config.kv_transfer_config is not None:
+        return "a KV connector knows blocks by their numbers"
+    if getattr(config.model_config, "enable_return_routed_experts", False) or (
+        getattr(scheduler, "aux_output_connector", None) is not None
+    ):
+        return "routed experts are kept by the numbers of blocks"
+    return None
+
+
+def exchange(pool: Any, held: int, free: int) -> None:
+    """Has two blocks of a pool exchange their numbers; whoever holds the one holds it under its new number.
+
+    In the free block nothing is cached.
+    """
+    ours, other = pool.blocks[held], pool.blocks[free]
+    more = pool.cached_block_hashes_by_block
+    keys = [key for key in (ours.block_hash, *more.get(held, ())) if key is not None]
+    for key in keys:
+        pool.cached_block_hash_to_block.pop(key, held)
+    ours.block_id, other.block_id = free, held
+    pool.blocks[free], pool.blocks[held] = ours, other
+    for key in keys:
+        pool.cached_block_hash_to_block.insert(key, ours)
+    sampled = [] if pool.metrics_collector is None else [pool.metrics_collector.block_metrics]
+    for known in (more, *sampled):
+        found = {free: known.pop(held, None), held: known.pop(free, None)}
+        known.update({number: value for number, value in found.items() if value is not None})
+
+
+def tables_with(scheduler: Any, blocks: Collection[int]) -> dict[str, tuple[list[int], ...]]:
+    """The block tables of the requests that hold one of these blocks."""
+    manager = scheduler.kv_cache_manager
+    holders = {
+        request
+        for each in manager.coordinator.single_type_managers
+        for request, held in each.req_to_blocks.items()
+        if any(block.block_id in blocks for block in held)
+    }
+    return {request: manager.get_block_ids(request) for request in holders}
+
+
+def write_tables(runner: Any, tables: Mapping[str, tuple[list[int], ...]]) -> None:
+    """Has a runner use these block tables from the next step on; those in flight use the ones they have.
+
+    Their lengths are as they were. The engine's thread calls it, between two steps.
+    """
+    if hasattr(runner, "block_tables"):
+        rows = runner.req_states.req_id_to_index
+        for request, blocks in tables.items():
+            if request in rows:
+                runner.block_tables.append_block_ids(rows[request], blocks, overwrite=True)
+        # Not with the next step's own: a row may be another request's by then, and writes have no order.
+        runner.block_tables.apply_staged_writes()
+        torch.cuda.current_stream().synchronize()
+        return
+    if (event := getattr(runner, "prepare_inputs_event", None)) is not None:
+        event.synchronize()
+    for request, blocks in tables.items():
+        if request in runner.requests:
+            runner.requests[request].block_ids = blocks
+        if (row := runner.input_batch.req_id_to_index.get(request)) is not None:
+            runner.input_batch.block_table.add_row(blocks, row)
 
 
 def other_sleep(model_config: Any) -> str | None:

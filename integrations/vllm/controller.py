@@ -7,12 +7,14 @@ engine need not be woken and a busy one is not waited for: what steps on their w
 is on the stream already, and the memory goes behind it. Only between a step's scheduling and the moment when
 the stream has all of its work is that not so; then the engine's thread does it at the end of that span.
 
-What requests hold costs more. At the rung shrink the engine *drains*: it admits nobody until it has paid what
-it was asked for, with memory that comes free as its requests end. At the rung pause, where peers do not ask
-as a rule, running requests are preempted, by the engine's thread alone, before it schedules.
+What requests hold costs more. At the rung shrink blocks of running requests are moved, so that sparse chunks
+come free, and then the engine *drains*: it admits nobody until it has paid what it was asked for, with memory
+that comes free as its requests end. At the rung pause, where peers do not ask as a rule, running requests are
+preempted. Blocks are moved and requests preempted by the engine's thread alone, before it schedules.
 
 The lock order is `lock`, then the grower's, then those of the arena. Nobody waits for a demand or for memory
-with `lock` held, except a step that needs blocks, and that no longer than `PATIENCE`.
+with `lock` held, except a step that needs blocks, and that no longer than `PATIENCE`. A move may wait for the
+step in flight to have read its block tables.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch_elastic_mem.errors import InUseError
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache
 from torch_elastic_mem.integrations.vllm.grower import Grower
+from torch_elastic_mem.integrations.vllm.mover import Mover
 from torch_elastic_mem.integrations.vllm.teller import Teller
 
 # What steps wait for memory on its way rather than give up a warm prefix or preempt a request: in all, for it
@@ -67,6 +70,7 @@ class Controller:
         self._cache = cache
         self._preempt = preempt
         self._running = running
+        self.mover: Mover | None = None  # where blocks can move
         self._steps = 0  # scheduled, and not wholly on the stream; all below are guarded by the lock
         self._demands: list[Demand] = []
         self._debt, self._debt_until = 0, 0.0  # bytes to pay as requests end
@@ -123,6 +127,11 @@ class Controller:
         """The stream has all of a step's work."""
         with self.lock:
             self._steps = max(0, self._steps - 1)
+            self._serve_if_safe()
+
+    def reconsider(self) -> None:
+        """Requests have ended, or no step is to come: who waits for the next may have no reason to."""
+        with self.lock:
             self._serve_if_safe()
 
     def usage(self) -> float:
@@ -234,26 +243,33 @@ class Controller:
         later = []
         for demand in self._demands:
             self._give_to(demand)
-            if demand.rung == PAUSE and demand.nbytes > 0 and self.balloon.in_use():
+            if demand.nbytes > 0 and self._could_before_a_step(demand):
                 later.append(demand)
             else:
-                demand.served.set()
+                self._end(demand)
         self._demands = later
 
     def _serve(self) -> None:
-        """Gives up what is wanted, and preempts where that is asked for; before scheduling."""
+        """Gives up what is wanted, by moves and, where they are asked for, preemptions; before scheduling."""
         for demand in self._demands:
-            self._give_to(demand)
-            while demand.rung == PAUSE and demand.nbytes > 0 and self._preempt():
-                self._give_to(demand)
-            demand.served.set()
+            while demand.nbytes > 0:
+                given = self._give_to(demand) or self._compact(demand)
+                if not given and not (demand.rung == PAUSE and self._preempt()):
+                    break
+            self._end(demand)
         self._demands.clear()
 
-    def _give_to(self, demand: Demand) -> None:
-        demand.nbytes -= self._give(demand.nbytes, 0 if demand.rung == PAUSE else self._running())
+    def _could_before_a_step(self, demand: Demand) -> bool:
+        """Whether the engine's thread can give what this one cannot."""
+        if demand.rung == EVICT or not self.balloon.in_use():
+            return False
+        return demand.rung == PAUSE or (self.mover is not None and self.mover.could(self._running()))
+
+    def _end(self, demand: Demand) -> None:
         if demand.rung == SHRINK and demand.nbytes > 0 and self.balloon.in_use():
             self._debt = max(self._debt, demand.nbytes)
             self._debt_until = max(self._debt_until, demand.deadline)
+        demand.served.set()
 
     def _pay(self) -> None:
         """Gives what it owes, as far as it has come free. Who is still short asks again."""
@@ -262,6 +278,23 @@ class Controller:
         self._give(self._debt, self._running())
         if time.monotonic() >= self._debt_until or not self.balloon.in_use():
             self._debt, self._debt_until = 0, 0.0
+
+    def _give_to(self, demand: Demand) -> int:
+        given = self._give(demand.nbytes, self._kept_for(demand))
+        demand.nbytes -= given
+        return given
+
+    def _compact(self, demand: Demand) -> int:
+        # What is not on the stream yet would come after the copies, and write to the old places.
+        if self.mover is None or self._steps or demand.rung == EVICT:
+            return 0
+        given = self.mover.give(demand.nbytes, self._kept_for(demand))
+        demand.nbytes -= given
+        return given
+
+    def _kept_for(self, demand: Demand) -> int:
+        """Blocks that running requests are about to take, unless they may be preempted for it."""
+        return 0 if demand.rung == PAUSE else self._running()
 
     def _give(self, nbytes: int, keep: int) -> int:
         """Gives so many bytes, or what there is beside so many free blocks. What was to come goes first."""

@@ -13,8 +13,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from torch_elastic_mem.integrations.vllm import compat
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
-from torch_elastic_mem.integrations.vllm.cache import find, forget
+from torch_elastic_mem.integrations.vllm.cache import ElasticCache, find, forget
 from torch_elastic_mem.integrations.vllm.controller import Controller
+from torch_elastic_mem.integrations.vllm.mover import Mover
 from torch_elastic_mem.integrations.vllm.worker import first_blocks
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Elastic(Base):
             self._preempt_last,
             self._running_blocks,
         )
+        self.elastic.mover = self._mover(cache)
         self._ahead = ahead - 1
         specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
         self._block_sizes = [spec.block_size for spec in specs]
@@ -69,7 +71,9 @@ class Elastic(Base):
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's."""
         with self.elastic.lock:
-            return super().update_from_output(*args, **kwargs)
+            done = super().update_from_output(*args, **kwargs)
+            self.elastic.reconsider()
+            return done
 
     def add_request(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's."""
@@ -79,7 +83,9 @@ class Elastic(Base):
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's."""
         with self.elastic.lock:
-            return super().finish_requests(*args, **kwargs)
+            done = super().finish_requests(*args, **kwargs)
+            self.elastic.reconsider()
+            return done
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's, which wants every block free: parked ones are, while it looks."""
@@ -106,6 +112,7 @@ class Elastic(Base):
             log.warning("the engine sleeps: it goes on after wake_up(), and not before")
             return
         super().set_pause_state(pause_state)
+        self.elastic.reconsider()
 
     def shutdown(self) -> None:
         """As vLLM's. The worker has been shut down before, and runs no step any more."""
@@ -150,6 +157,17 @@ class Elastic(Base):
             yield
         finally:
             self._pause_state = before
+
+    def _mover(self, cache: ElasticCache) -> Mover | None:
+        if reason := compat.unmovable(self):
+            log.info("sparse chunks of this engine's KV cache are not compacted: %s", reason)
+            return None
+        return Mover(
+            cache,
+            self.elastic.balloon,
+            lambda blocks: compat.tables_with(self, blocks),
+            lambda: bool(self.running) and self.pause_state != PauseState.PAUSED_ALL,
+        )
 
     def _preempt_last(self) -> bool:
         """Preempts the request that vLLM itself would."""

@@ -71,6 +71,7 @@ class Elastic(Base):
         cache.ensure(range(-(-first_blocks(self.vllm_config, kv_cache_config) // cache.chunk_blocks)))
         with cache.handed_out():
             super().initialize_from_config(kv_cache_config)
+        cache.on_moved = lambda tables: compat.write_tables(self.model_runner, tables)
         self.elastic_cache = cache
         if self.elastic_sleep is not None:
             self.elastic_sleep.cache = cache
@@ -101,6 +102,9 @@ class Elastic(Base):
     def shutdown(self) -> None:
         """As vLLM's."""
         super().shutdown()
+        if self.elastic_cache is not None:
+            # Who has a view of the cache has not the model too.
+            self.elastic_cache.on_moved = lambda _: None
         if self.elastic_sleep is not None:
             with suppress(InUseError):  # somebody has the model; then its memory goes with the tensors
                 self.elastic_sleep.weights.close()

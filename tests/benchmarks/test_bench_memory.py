@@ -22,7 +22,7 @@ def test_a_trace_is_cut_to_its_first_seconds_and_to_what_the_model_takes():
 
 
 def test_equal_traces_bring_equal_requests_and_no_prompt_is_anothers_prefix():
-    trace = Trace([Request(0.0, 20, 3), Request(1.5, 20, 4)], 1, 1000, 0.0)
+    trace = Trace([Request(0.0, 20, 3), Request(1.5, 20, 4)], 1, 1000, 0.0, True)
     first, second = trace.arrivals()
     assert trace.arrivals() == [first, second]
     assert (second.at, len(second.prompt), second.output) == (1.5, 20, 4)
@@ -35,7 +35,7 @@ def held(emptied):
     for now in (0.0, 1.0):
         used.add(now, 10 * MIB, 30 * MIB)
         kept.add(now, 20 * MIB, 30 * MIB)
-    return Held(used.figures(), kept.figures(), used.curve(10), 7, 1.0, 0, 30 * MIB, emptied)
+    return Held(used.figures(), kept.figures(), used.curve(10), 7, 1.0, 0, 40, 30 * MIB, emptied)
 
 
 @pytest.mark.parametrize(("emptied", "met"), [(8 * MIB, "yes"), (9 * MIB, "NO")])
@@ -45,7 +45,8 @@ def test_what_is_mapped_stands_beside_what_is_in_use_and_what_is_kept(emptied, m
     )
     assert [row[0] for row in mapped.rows[:2]] == [UNASKED, ASKED]
     assert mapped.rows[0][1:5] == ["10 MiB / 10 MiB", "10 MiB", "30 MiB / 30 MiB", "3.000"]
-    assert mapped.rows[0][6] == "1.500"
+    assert mapped.rows[0][6:] == ["1.500", "0", "40"]
+    assert all(len(row) == len(mapped.columns) for row in mapped.rows)
     assert mapped.rows[2][4] == "10.000"
     assert "It broke." in mapped.note
     assert [row[-1] for row in idle.rows] == ["", met]

@@ -1,4 +1,4 @@
-"""What the program `tests.vllm.engine` tells."""
+"""What the programs tell that run an engine."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def read(line: str) -> tuple[str, Any]:
     return told["fact"], told["value"]
 
 
-def facts(scenario: str, shape: str = "tiny") -> dict[str, Any]:
-    done = end(start("-m", "tests.vllm.engine", scenario, shape, TEM_BROKER="0"), timeout=300)
+def facts(scenario: str, shape: str = "tiny", program: str = "tests.vllm.engine") -> dict[str, Any]:
+    done = end(start("-m", program, scenario, shape, TEM_BROKER="0"), timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
     return dict(map(read, done.stdout.splitlines()))
 

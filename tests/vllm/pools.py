@@ -27,7 +27,13 @@ def fill(pool: Any, block: Any, content: int) -> None:
 
 
 def cached(pool: Any, content: int) -> bool:
-    return pool.get_cached_block(hash_of(content), [0]) is not None
+    return find(pool, content) is not None
+
+
+def find(pool: Any, content: int) -> Any:
+    """The block in which the prefix cache has this; None: it has not."""
+    found = pool.get_cached_block(hash_of(content), [0])
+    return found and found[0]
 
 
 def hash_of(content: int) -> Any:
@@ -36,11 +42,11 @@ def hash_of(content: int) -> Any:
     return BlockHash(content.to_bytes(32, "big"))
 
 
-def leave(pool: Any, ids: Iterable[int]) -> None:
-    """A request filled these blocks, each with its number as content, and went; the last was used last."""
+def leave(pool: Any, ids: Iterable[int], content: int | None = None) -> None:
+    """A request filled these blocks, each with its number or this, and went; the last was used last."""
     blocks = take(pool, ids)
     for block in blocks:
-        fill(pool, block, block.block_id)
+        fill(pool, block, block.block_id if content is None else content)
     pool.free_blocks(blocks)
 
 

@@ -1,0 +1,145 @@
+"""The real engine, whose blocks move meanwhile: `python -m tests.vllm.compacted_engine SCENARIO SHAPE`."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from tests.vllm.engine import engine, fact, sampling
+
+SEEDS = range(2)
+SHORT, LONG = 6, 40  # tokens that are wanted
+EVERY = 12  # steps from one squeeze to the next
+
+
+def requests(seed: int) -> dict[str, tuple[list[int], int]]:
+    """Prompts and how many tokens are wanted: of every third many, and three of four begin alike."""
+    rng = random.Random(seed)
+    start = [rng.randrange(3, 1000) for _ in range(160)]
+    found = {}
+    for number in range(16):
+        prompt = [rng.randrange(3, 1000) for _ in range(rng.randrange(60, 220))]
+        found[f"{seed}-{number:02}"] = (start * (number % 4 > 0) + prompt, SHORT if number % 3 else LONG)
+    return found
+
+
+class Squeezing:
+    """Somebody of a higher class wants all that dense blocks do not take, but for a chunk to go on with."""
+
+    def __init__(self, llm: Any) -> None:
+        import torch_elastic_mem as tem
+
+        core = llm.llm_engine.engine_core.engine_core
+        self.scheduler = core.scheduler
+        self.elastic, self.cache = core.scheduler.elastic, core.scheduler.elastic._cache
+        self.met: list[bool] = []
+        self.moved: list[int] = []
+        self.shared = self.hashed = self.preempted = 0
+        self._steps = 0
+        self._arena = core.model_executor.driver_worker.worker.elastic_arena
+        account = self._arena.account("pressing", tem.PriorityClass("pressing", 10**6))
+        self._range = account.range("1GiB")
+        self._asking: threading.Thread | None = None
+        plain_move, plain_preempt = self.elastic.balloon.move, self.scheduler._preempt_request
+
+        def move(moves: list[tuple[int, int]]) -> None:
+            blocks = [self.elastic.balloon._pool.blocks[source] for source, _ in moves]
+            self.moved.append(len(blocks))
+            self.shared += sum(block.ref_cnt > 1 for block in blocks)
+            self.hashed += sum(block.block_hash is not None for block in blocks)
+            plain_move(moves)
+
+        def preempt(*args: Any, **more: Any) -> None:
+            self.preempted += 1
+            plain_preempt(*args, **more)
+
+        self.elastic.balloon.move, self.scheduler._preempt_request = move, preempt
+
+    def before_step(self) -> None:
+        """Once the short ones have gone, and left holes."""
+        if self._asking is not None and not self._asking.is_alive():
+            self.end()
+        elif self._asking is None and self._only_long_ones():
+            self._steps += 1
+            if self._steps % EVERY == 1:
+                self._asking = threading.Thread(target=self._ask)
+                self._asking.start()
+
+    def _only_long_ones(self) -> bool:
+        left = self.scheduler.requests.values()
+        return bool(left) and all(each.max_tokens == LONG for each in left)
+
+    def end(self) -> None:
+        if self._asking is not None:
+            self._asking.join()
+            self._asking = None
+        if self._range.mapped:
+            self._range.shrink(self._range.mapped)
+
+    def _ask(self) -> None:
+        import torch_elastic_mem as tem
+
+        with self.elastic.lock:
+            blocks = self.elastic.balloon.in_use() + 1
+        dense = -(-blocks // self.cache.chunk_blocks) + 1
+        try:
+            self._range.grow(self._arena.capacity - dense * self.cache.chunk_bytes, timeout=60.0)
+            self.met.append(True)
+        except tem.OutOfMemory:
+            self.met.append(False)
+
+
+def serve(llm: Any, wanted: dict[str, tuple[list[int], int]], other: Squeezing | None = None) -> Any:
+    """Tokens and cached tokens, by request."""
+    for name, (prompt, count) in wanted.items():
+        llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, sampling(count))
+    tokens, hits = {}, {}
+    while llm.llm_engine.has_unfinished_requests():
+        if other is not None:
+            other.before_step()
+        for each in llm.llm_engine.step():
+            if each.finished:
+                tokens[each.request_id] = list(each.outputs[0].token_ids)
+                hits[each.request_id] = each.num_cached_tokens
+    if other is not None:
+        other.end()
+    return [tokens[name] for name in wanted], [hits[name] for name in wanted]
+
+
+def plain(llm: Any) -> None:
+    fact("tokens", [serve(llm, requests(seed))[0] for seed in SEEDS])
+
+
+def moving(llm: Any) -> None:
+    from torch_elastic_mem.integrations.vllm import controller
+
+    # A step gets what it needs, on a slow machine too.
+    controller.PATIENCE = 60.0
+    other = Squeezing(llm)
+    fact("tokens", [serve(llm, requests(seed), other)[0] for seed in SEEDS])
+    last = requests(SEEDS[-1])
+    long = {f"again-{name}": (prompt, count) for name, (prompt, count) in last.items() if count == LONG}
+    again, hits = serve(llm, long)
+    fact("again", again)
+    fact("hits", hits)
+    for name in ("met", "moved", "shared", "hashed", "preempted"):
+        fact(name, getattr(other, name))
+
+
+def main() -> None:
+    scenario, shape = sys.argv[1:]
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["TEM_ENABLE"] = "0" if scenario == "plain" else "1"
+    os.dup2(2, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        llm = engine(Path(folder), shape, async_scheduling=scenario == "moving_async")
+        {"plain": plain, "moving": moving, "moving_async": moving}[scenario](llm)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The real engine on the host backend: blocks of its running requests move, and it serves the same tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.vllm.facts import facts
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.timeout(600)
+
+PROGRAM = "tests.vllm.compacted_engine"
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Any]:
+    return facts("plain", program=PROGRAM)
+
+
+@pytest.fixture(scope="module", params=["moving", "moving_async"])
+def moving(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return facts(request.param, program=PROGRAM)
+
+
+def test_what_sparse_chunks_hold_is_had_without_preempting_anybody(moving: dict[str, Any]) -> None:
+    assert len(moving["met"]) >= 4 and all(moving["met"])
+    assert len(moving["moved"]) >= 2
+    assert moving["preempted"] == 0
+
+
+def test_the_tokens_are_those_of_an_engine_whose_blocks_stay(
+    plain: dict[str, Any], moving: dict[str, Any]
+) -> None:
+    assert moving["tokens"] == plain["tokens"]
+
+
+def test_prefixes_that_moved_are_found_again_and_are_right(moving: dict[str, Any]) -> None:
+    assert moving["shared"] > 0 and moving["hashed"] > 0
+    assert all(moving["hits"])
+    assert moving["again"] == moving["tokens"][-1][::3]
+
+
+def test_blocks_of_several_groups_of_layers_move() -> None:
+    plain, moving = (facts(each, "tiny-windows", PROGRAM) for each in ("plain", "moving_async"))
+    assert moving["moved"] and all(moving["met"])
+    assert moving["preempted"] == 0
+    assert moving["tokens"] == plain["tokens"]
