@@ -137,8 +137,7 @@ def main() -> None:
     os.environ["TEM_ENABLE"] = "0" if scenario == "plain" else "1"
     os.dup2(2, 1)
     with tempfile.TemporaryDirectory() as folder:
-        llm = engine(Path(folder), shape, async_scheduling=scenario == "moving_async")
-        {"plain": plain, "moving": moving, "moving_async": moving}[scenario](llm)
+        {"plain": plain, "moving": moving}[scenario](engine(Path(folder), shape))
 
 
 if __name__ == "__main__":
