@@ -35,9 +35,9 @@ struct Noted {
 };
 
 Noted& noted() {
-  // The last handler that was registered is the first to run before a fork. A call of the driver is made
-  // under this lock, and has been loaded by the first: so whatever handler it has waits for us, and not we
-  // for it.
+  // Before a fork, handlers run in the reverse order of their registration. This lock is held over a call of
+  // the driver, which is loaded before the first such call: so ours waits first, and what locks the driver
+  // may take for a fork are free until then.
   static auto* const made = [] {
     auto* fresh = new Noted;
     pthread_atfork([] { noted().mutex.lock(); }, [] { noted().mutex.unlock(); },

@@ -242,6 +242,29 @@ def test_killed_at_any_message_of_a_growth_a_process_leaves_nothing(
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("call", ["send", "recv"])
+def test_killed_at_any_message_of_a_demand_that_another_meets_a_process_leaves_nothing(
+    machine: Machine, kill_at: str, call: str, when: str
+) -> None:
+    hog = machine.peer("training")
+    died = 0
+    for number in range(2, 7):
+        # All of it is there again.
+        hog("grow", 120 * MiB)
+        hog("shrink", 120 * MiB)
+        extra = {"LD_PRELOAD": kill_at, "TEM_KILL_AT": f"{call} {number} {when}"}
+        try:
+            machine.launch("serving", **extra).ready()("grow", 64 * MiB)
+        except EOFError:
+            died += 1
+        machine.peers[-1].kill()
+    hog("close")
+    machine.await_leased(0)
+    assert died >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("call", ["send", "recv"])
 @pytest.mark.parametrize("gives", ["what it uses", "what it keeps"])
 def test_killed_at_any_message_of_a_yield_a_victim_gives_all_of_it(
     machine: Machine, kill_at: str, gives: str, call: str, when: str
