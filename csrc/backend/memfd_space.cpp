@@ -115,8 +115,7 @@ Refusal MemfdSpace::export_fd(Handle handle, Access access, Fd* fd) {
   if (auto bad = table_.check_release(handle)) return bad;
   const Allocation& memory = table_.allocation(handle);
   const std::string path = "/proc/self/fd/" + std::to_string(file_of(memory));
-  const int flags = (access == Access::kRead ? O_RDONLY : O_RDWR) | O_CLOEXEC;
-  Fd opened = Fd::not_for_children([&] { return open(path.c_str(), flags); });
+  Fd opened(open(path.c_str(), (access == Access::kRead ? O_RDONLY : O_RDWR) | O_CLOEXEC));
   if (!opened) return system_refusal("open");
   if (lseek(opened.get(), static_cast<off_t>(memory.offset + memory.bytes / granularity_), SEEK_SET) < 0) {
     return system_refusal("lseek");
