@@ -38,9 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "rung" in metafunc.fixturenames:
         names = metafunc.config.getoption("--rung") or ["host", "fake"]
-        marked = {mark.args[0]: mark for mark in metafunc.definition.iter_markers("rungs")}
+        marked = {mark.args[0] for mark in metafunc.definition.iter_markers("rungs")}
         wanted = [name for name in names if not marked or name in marked]
-        metafunc.parametrize("rung", wanted, indirect=True)
+        slow = {mark.args[0] for mark in metafunc.definition.iter_markers("slow_on")}
+        params = [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in wanted]
+        metafunc.parametrize("rung", params, indirect=True)
 
 
 @pytest.fixture(scope="session")

@@ -110,12 +110,14 @@ class CudaBackend final : public Backend {
 
   Fd export_fd(Handle handle, Access) override {
     const cuda::RelaxedCapture relaxed(driver_);
-    int fd = -1;
-    check(driver_.cuMemExportToShareableHandle(&fd, handle, cuda::kHandleTypePosixFd, 0),
-          [&] { return "cuMemExportToShareableHandle(handle " + std::to_string(handle) + ")"; });
-    // The driver does not say whether a child started by exec inherits it.
-    ::fcntl(fd, F_SETFD, FD_CLOEXEC);
-    return Fd::not_for_children(fd);
+    return Fd::not_for_children([&] {
+      int fd = -1;
+      check(driver_.cuMemExportToShareableHandle(&fd, handle, cuda::kHandleTypePosixFd, 0),
+            [&] { return "cuMemExportToShareableHandle(handle " + std::to_string(handle) + ")"; });
+      // The driver does not say whether a child started by exec inherits it.
+      ::fcntl(fd, F_SETFD, FD_CLOEXEC);
+      return fd;
+    });
   }
 
   Handle import_fd(const Fd& fd) override {

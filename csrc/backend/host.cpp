@@ -140,10 +140,12 @@ class HostBackend final : public Backend {
   }
 
   Fd export_fd(Handle handle, Access access) override {
-    Fd fd;
-    if (auto bad = space_.export_fd(handle, access, &fd))
-      refuse("export(handle " + std::to_string(handle) + ")", bad);
-    return fd;
+    return Fd::not_for_children([&] {
+      Fd fd;
+      if (auto bad = space_.export_fd(handle, access, &fd))
+        refuse("export(handle " + std::to_string(handle) + ")", bad);
+      return fd.release();
+    });
   }
 
   Handle import_fd(const Fd& fd) override {

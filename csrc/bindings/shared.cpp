@@ -13,7 +13,6 @@
 #include "core/error.hpp"
 #include "core/fd_message.hpp"
 #include "ipc/attached.hpp"
-#include "ipc/in_hand.hpp"
 
 namespace tem {
 namespace {
@@ -44,7 +43,6 @@ Fd copy_of(int descriptor) {
 /// Sends a message with descriptors of a range's extents; returns the system's number of an error, or 0.
 int send_extents(BlockRange& range, int socket, const std::string& message, size_t first, size_t count) {
   const Fd copy = copy_of(socket);
-  const ipc::InHand in_hand;
   const std::vector<Fd> fds = range.export_fds(first, count, Access::kRead);
   return send_message(copy.get(), message.data(), message.size(), fds);
 }

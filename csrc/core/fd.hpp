@@ -14,38 +14,58 @@ class Fd {
  public:
   Fd() = default;
   explicit Fd(int number) : number_(number) {}
-  /// One that a child of fork() closes at once: device memory that it kept alive would be nobody's.
-  static Fd not_for_children(int number) {
-    Fd made(number);
-    if (number >= 0 && close_in_children(number)) made.marked_.emplace();
+  /// What `open` opens, kept from children.
+  template <class Open>
+  static Fd not_for_children(Open open) {
+    Fd made;
+    const NoFork no_fork;
+    made.number_ = open();
+    made.keep_from_children(no_fork);
     return made;
   }
   Fd(Fd&& other) noexcept
-      : number_(std::exchange(other.number_, -1)), marked_(std::exchange(other.marked_, std::nullopt)) {}
+      : number_(std::exchange(other.number_, -1)), noted_(std::exchange(other.noted_, std::nullopt)) {}
   Fd& operator=(Fd&& other) noexcept {
     std::swap(number_, other.number_);
-    std::swap(marked_, other.marked_);
+    std::swap(noted_, other.noted_);
     return *this;
   }
   ~Fd() { close(); }
 
   int get() const { return number_; }
   explicit operator bool() const { return number_ >= 0; }
-  void close() {
-    if (const int number = release(); number >= 0) ::close(number);
+  /// Has children of fork() close it: device memory that they kept alive would be nobody's. `no_fork` is held
+  /// since before it was opened. It must not be closed under it.
+  void keep_from_children(const NoFork& no_fork) {
+    if (number_ < 0) return;
+    no_fork.note(number_);
+    noted_.emplace();
   }
+  void close() {
+    leave([](int number) { ::close(number); });
+  }
+  /// Gives the number away, to children too. -1 where there is none.
   int release() {
-    const int number = std::exchange(number_, -1);
-    const auto marked = std::exchange(marked_, std::nullopt);
-    if (!marked) return number;
-    if (!marked->here()) return -1;  // closed already, and the number may be another's
-    leave_to_children(number);
-    return number;
+    int out = -1;
+    leave([&](int number) { out = number; });
+    return out;
   }
 
  private:
+  template <class Then>
+  void leave(Then then) {
+    const int number = std::exchange(number_, -1);
+    const auto noted = std::exchange(noted_, std::nullopt);
+    if (number < 0) return;
+    if (!noted) return then(number);
+    if (!noted->here()) return;  // closed already, and the number may be another's
+    const NoFork no_fork;
+    no_fork.forget(number);
+    then(number);
+  }
+
   int number_ = -1;
-  std::optional<BornHere> marked_;
+  std::optional<BornHere> noted_;
 };
 
 }  // namespace tem

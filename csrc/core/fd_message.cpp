@@ -38,6 +38,7 @@ Received receive_message(int socket, void* message, size_t bytes) {
   header.msg_control = control;
   header.msg_controllen = sizeof control;
   Received out;
+  const NoFork no_fork;
   const ssize_t got = ::recvmsg(socket, &header, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
   if (got < 0) {
     out.error = errno == EINTR ? EAGAIN : errno;
@@ -48,10 +49,12 @@ Received receive_message(int socket, void* message, size_t bytes) {
   for (cmsghdr* entry = CMSG_FIRSTHDR(&header); entry != nullptr; entry = CMSG_NXTHDR(&header, entry)) {
     if (entry->cmsg_level != SOL_SOCKET || entry->cmsg_type != SCM_RIGHTS) continue;
     const size_t count = (entry->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    out.fds.reserve(out.fds.size() + count);
     for (size_t i = 0; i < count; ++i) {
       int number = -1;
       std::memcpy(&number, CMSG_DATA(entry) + i * sizeof number, sizeof number);
-      out.fds.push_back(Fd::not_for_children(number));
+      out.fds.emplace_back(number);
+      out.fds.back().keep_from_children(no_fork);
     }
   }
   return out;

@@ -3,41 +3,48 @@
 #include <pthread.h>
 #include <unistd.h>
 
-#include <array>
 #include <atomic>
 #include <string>
+#include <vector>
 
 #include "core/error.hpp"
 
 namespace tem {
 namespace {
 
-/// What an at-fork handler may touch: atomics, which need no lock that another thread held at the fork.
-struct State {
-  static constexpr size_t kWord = 64;
-  std::atomic<uint64_t> generation{0};
-  std::array<std::atomic<uint64_t>, 1024> closed_in_children{};  // a bit for each descriptor
+std::atomic<uint64_t>& generation() noexcept {
+  // Leaked, as the next: an at-fork handler may run while static destructors do.
+  static auto* const made = [] {
+    auto* fresh = new std::atomic<uint64_t>(0);
+    pthread_atfork(nullptr, nullptr, [] { generation().fetch_add(1, std::memory_order_relaxed); });
+    return fresh;
+  }();
+  return *made;
+}
 
-  std::atomic<uint64_t>* word(int descriptor) {
-    const size_t index = static_cast<size_t>(descriptor) / kWord;
-    return index < closed_in_children.size() ? &closed_in_children[index] : nullptr;
-  }
-  static uint64_t bit(int descriptor) { return uint64_t{1} << (static_cast<size_t>(descriptor) % kWord); }
+struct Noted {
+  std::mutex mutex;
+  std::vector<bool> numbers;  // by descriptor
 
-  void in_child() {
-    generation.fetch_add(1, std::memory_order_relaxed);
-    for (size_t i = 0; i < closed_in_children.size(); ++i) {
-      for (uint64_t bits = closed_in_children[i].exchange(0); bits != 0; bits &= bits - 1)
-        ::close(static_cast<int>(i * kWord) + __builtin_ctzll(bits));
+  void close_all() {
+    for (size_t number = 0; number < numbers.size(); ++number) {
+      if (numbers[number]) ::close(static_cast<int>(number));
     }
+    numbers.clear();
   }
 };
 
-State& state() noexcept {
-  // Leaked: an at-fork handler may run while static destructors do.
+Noted& noted() {
+  // Before a fork, handlers run in the reverse order of their registration. This lock is held over a call of
+  // the driver, which is loaded before the first such call: so ours waits first, and what locks the driver
+  // may take for a fork are free until then.
   static auto* const made = [] {
-    auto* fresh = new State;
-    pthread_atfork(nullptr, nullptr, [] { state().in_child(); });
+    auto* fresh = new Noted;
+    pthread_atfork([] { noted().mutex.lock(); }, [] { noted().mutex.unlock(); },
+                   [] {
+                     noted().close_all();
+                     noted().mutex.unlock();
+                   });
     return fresh;
   }();
   return *made;
@@ -45,16 +52,19 @@ State& state() noexcept {
 
 }  // namespace
 
-uint64_t fork_generation() noexcept { return state().generation.load(std::memory_order_relaxed); }
+uint64_t fork_generation() noexcept { return generation().load(std::memory_order_relaxed); }
 
-bool close_in_children(int descriptor) noexcept {
-  std::atomic<uint64_t>* const word = state().word(descriptor);
-  if (word != nullptr) word->fetch_or(State::bit(descriptor));
-  return word != nullptr;
+NoFork::NoFork() : lock_(noted().mutex) {}
+
+void NoFork::note(int descriptor) const {
+  std::vector<bool>& numbers = noted().numbers;
+  const auto number = static_cast<size_t>(descriptor);
+  if (number >= numbers.size()) numbers.resize(number + 1);
+  numbers[number] = true;
 }
 
-void leave_to_children(int descriptor) noexcept {
-  state().word(descriptor)->fetch_and(~State::bit(descriptor));
+void NoFork::forget(int descriptor) const noexcept {
+  noted().numbers[static_cast<size_t>(descriptor)] = false;
 }
 
 void BornHere::check(const char* what) const {

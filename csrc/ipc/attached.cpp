@@ -7,7 +7,6 @@
 #include "backend/cuda_abi.hpp"
 #include "core/error.hpp"
 #include "core/sizes.hpp"
-#include "ipc/in_hand.hpp"
 #include "ipc/leaving.hpp"
 #include "ipc/socket.hpp"
 
@@ -52,7 +51,6 @@ std::string Attached::receive(const Fd& socket, Deadline deadline) {
   device_->born.check("shared memory");
   for (;;) {
     if (!wait_readable(socket, deadline)) return {};
-    const InHand in_hand;
     std::string message(kMostBytes, '\0');
     const Received got = receive_message(socket.get(), message.data(), message.size());
     if (got.error == EAGAIN) continue;

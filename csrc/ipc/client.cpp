@@ -15,7 +15,6 @@
 #include "backend/cuda_abi.hpp"
 #include "core/error.hpp"
 #include "core/sizes.hpp"
-#include "ipc/in_hand.hpp"
 #include "ipc/leaving.hpp"
 #include "ipc/socket.hpp"
 #include "ipc/wire.hpp"
@@ -70,7 +69,6 @@ class Visit {
     if (send_message(socket_.get(), &asked, sizeof asked, {}) != 0) gone();
     for (;;) {
       if (!wait_readable(socket_, deadline_)) late();
-      const InHand in_hand;
       Answer answer{};
       const Received got = receive_message(socket_.get(), &answer, sizeof answer);
       if (got.error == EAGAIN) continue;

@@ -20,7 +20,6 @@
 #include "backend/cuda_abi.hpp"
 #include "core/error.hpp"
 #include "core/fork.hpp"
-#include "ipc/in_hand.hpp"
 #include "ipc/socket.hpp"
 #include "ipc/wire.hpp"
 
@@ -33,7 +32,7 @@ constexpr auto kPatience = std::chrono::seconds(10);
 
 class Server {
  public:
-  Server() : name_(random_bytes()), listening_(listen_at(name_)) {}
+  explicit Server(const NoFork& no_fork) : name_(random_bytes()), listening_(listen_at(name_, no_fork)) {}
 
   const SocketName& name() const { return name_; }
   bool here() const { return born_.here(); }
@@ -64,12 +63,6 @@ class Server {
     return next_heap_++;
   }
 
-  /// In a child of fork(): the descriptors are copies, and the thread is not there.
-  void close_all() {
-    listening_.close();
-    for (Peer& peer : peers_) peer.socket.close();
-  }
-
  private:
   struct Peer {
     Fd socket;
@@ -81,9 +74,7 @@ class Server {
       std::vector<pollfd> entries;
       for (const Peer& peer : peers_) entries.push_back({peer.socket.get(), POLLIN, 0});
       if (peers_.size() < kMostPeers) entries.push_back({listening_.get(), POLLIN, 0});
-      const bool waits = ::poll(entries.data(), entries.size(), peers_.empty() ? -1 : 1000) >= 0;
-      const InHand in_hand;
-      if (!waits) continue;
+      if (::poll(entries.data(), entries.size(), peers_.empty() ? -1 : 1000) < 0) continue;
       const auto now = Clock::now();
       std::vector<bool> stay;
       for (size_t i = 0; i < peers_.size(); ++i) {
@@ -155,15 +146,13 @@ class Server {
   uint64_t next_heap_ = 1;
 };
 
-Server* running = nullptr;  // guarded by InHand; leaked
+Server* running = nullptr;  // guarded by NoFork; leaked: its thread never ends
 
 Server& server() {
-  on_fork([] {
-    if (running != nullptr) running->close_all();
-  });
-  const InHand in_hand;
+  std::unique_ptr<Server> made;  // if it fails, its socket closes with the lock let go of
+  const NoFork no_fork;
   if (running == nullptr || !running->here()) {
-    auto made = std::make_unique<Server>();
+    made = std::make_unique<Server>(no_fork);
     made->start();
     running = made.release();
   }

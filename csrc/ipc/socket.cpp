@@ -65,16 +65,18 @@ std::array<unsigned char, 16> random_bytes() {
   return bytes;
 }
 
-Fd listen_at(const SocketName& name) {
+Fd listen_at(const SocketName& name, const NoFork& no_fork) {
   Fd made = make_socket();
   const Place place = place_of(name);
   if (::bind(made.get(), generic(place), place.bytes) != 0) fail("bind", errno);
   if (::listen(made.get(), kBacklog) != 0) fail("listen", errno);
+  made.keep_from_children(no_fork);
   return made;
 }
 
 Fd accept_from(const Fd& listening) {
-  return Fd(::accept4(listening.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+  return Fd::not_for_children(
+      [&] { return ::accept4(listening.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK); });
 }
 
 Fd connect_to(const SocketName& name, Deadline deadline) {

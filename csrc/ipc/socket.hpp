@@ -23,7 +23,9 @@ using SocketName = std::array<unsigned char, 16>;
 /// Random bytes from the kernel.
 std::array<unsigned char, 16> random_bytes();
 
-Fd listen_at(const SocketName& name);
+/// Neither this nor what it accepts is for children: a name is free, and a peer told, when the process has
+/// ended.
+Fd listen_at(const SocketName& name, const NoFork& no_fork);
 /// Nothing if nobody waits to connect.
 Fd accept_from(const Fd& listening);
 /// Nothing if nobody listens there. Error{kDriver} at the deadline.

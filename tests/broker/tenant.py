@@ -174,3 +174,12 @@ class Tenant:
     def bye(self) -> None:
         self.send(Bye())
         self.socket.close()
+
+
+def ended(tenant: Tenant) -> bool:
+    """The broker has closed the connection."""
+    tenant.socket.settimeout(LONG)
+    try:
+        return tenant.socket.recv(1) == b""
+    except ConnectionResetError:
+        return True

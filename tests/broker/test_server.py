@@ -1,8 +1,7 @@
-"""A broker as a process, over real sockets, with tenants that behave, misbehave, stop and die."""
+"""A broker as a process, over real sockets, with tenants that behave, stop and die."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -13,33 +12,15 @@ from pathlib import Path
 import pytest
 
 from tests.broker.actor import STEPS
-from tests.broker.service import MiB, Service, actor, hear
-from tests.broker.tenant import LONG, Tenant
+from tests.broker.service import SOON, MiB, Service, actor, hear
+from tests.broker.tenant import LONG, Tenant, ended
 from torch_elastic_mem.broker.protocol import (
     FREE_ONLY,
-    HOST,
-    Demand,
     Denied,
     Done,
-    Hello,
     Limits,
-    Refused,
     SetLimits,
-    Welcome,
-    encode,
 )
-
-# What a dead process held is granted again within a second; the rest is for a busy machine.
-SOON = 10.0
-
-
-def ended(tenant: Tenant) -> bool:
-    """The broker has closed the connection."""
-    tenant.socket.settimeout(LONG)
-    try:
-        return tenant.socket.recv(1) == b""
-    except ConnectionResetError:
-        return True
 
 
 def test_two_tenants_pass_memory_to_and_fro(service: Service) -> None:
@@ -107,129 +88,6 @@ def test_a_stopped_process_is_a_debtor_and_others_are_served(service: Service) -
         finally:
             process.kill()
             process.wait()
-
-
-def test_a_process_of_another_version_is_told_so(service: Service) -> None:
-    tenant = Tenant(service.path, hello=False)
-    hello = bytearray(encode(9, Hello(HOST, "host", "", "", 1, 1)))
-    hello[0] = 2
-    tenant.socket.send(hello)
-    number, refused = tenant.receive() or (0, None)
-    assert number == 9
-    assert isinstance(refused, Refused) and refused.kind == 4
-    assert "version 2; this side speaks version 1" in refused.reason
-    assert ended(tenant)
-
-
-@pytest.mark.parametrize(
-    "garbage",
-    [
-        b"x",
-        b"\1\0\5\0" + bytes(60),
-        bytes(4096),
-        bytes(100_000),
-        encode(1, Welcome(1, 2)),
-        encode(1, Demand(77, 0, 1, 1, 1)),
-        encode(1, Hello(HOST, "host", "", "", 1, 1)),
-        os.urandom(200),
-    ],
-    ids=["short", "header", "zeros", "oversized", "a broker's", "no account", "second hello", "random"],
-)
-def test_garbage_ends_that_connection_only_and_its_bytes_stay_leased(
-    service: Service, garbage: bytes
-) -> None:
-    with service.tenant() as good, service.tenant() as bad:
-        account = good.open("good")
-        bad.get(bad.open("bad"), 60 * MiB)
-        bad.socket.send(garbage)
-        assert ended(bad)
-        assert good.get(account, 40 * MiB) == 40 * MiB
-        assert isinstance(good.wait(good.demand(account, MiB, rung=FREE_ONLY)), Denied)
-        # The process lives, and may come back with what it holds.
-        with service.tenant() as back:
-            assert back.open("bad", lease=60 * MiB)
-
-
-def test_a_connection_begins_with_hello(service: Service) -> None:
-    tenant = Tenant(service.path, hello=False)
-    tenant.send(Demand(1, 0, 1, 1, 1))
-    assert ended(tenant)
-    assert any("begins with HELLO" in str(line["message"]) for line in service.lines())
-
-
-def test_a_device_that_cannot_be_is_refused(service: Service) -> None:
-    tenant = Tenant(service.path, hello=False)
-    for hello in (
-        Hello("", "cuda", "", "", 1, 1),
-        Hello(HOST, "cuda", "", "", 1, 1),
-        Hello("GPU-1", "cuda", "", "", 0, 1),
-    ):
-        assert tenant.refused(hello).kind == 1
-    assert tenant.ask(Hello("GPU-1", "cuda", "", "", 100, 1), Welcome).capacity == 100
-
-
-def test_one_user_has_so_many_connections_and_no_more(stopped: Service) -> None:
-    stopped.config.write_text(f"[[grant]]\nuid = {os.geteuid()}\nmax_value = 1000\nconnections = 5\n")
-    service = stopped.start()
-    tenants = [service.tenant() for _ in range(5)]
-    for _ in range(2000):
-        more = Tenant(service.path, hello=False)
-        _, refused = more.receive() or (0, None)
-        assert isinstance(refused, Refused) and refused.kind == 5
-        assert "has 5 connections already" in refused.reason
-        more.socket.close()
-    tenants[0].bye()
-    end = time.monotonic() + SOON
-    while time.monotonic() < end:
-        more = Tenant(service.path, hello=False)
-        with contextlib.suppress(BrokenPipeError):  # it has been refused already
-            more.send(Hello(HOST, "host", "", "", 1, 1))
-        answer = more.receive()
-        if answer is not None and isinstance(answer[1], Welcome):
-            break
-        more.socket.close()
-    else:
-        pytest.fail("no connection came free")
-    account = tenants[1].open("a")
-    assert tenants[1].get(account, MiB) == MiB
-
-
-def test_a_broker_without_descriptors_serves_those_it_has(stopped: Service) -> None:
-    stopped.before = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24));"
-    service = stopped.start()
-    tenant = service.tenant()
-    account = tenant.open("a")
-    others = []
-    for _ in range(40):
-        other = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        other.connect(str(service.path))
-        others.append(other)
-    assert tenant.get(account, MiB) == MiB
-    for other in others:
-        other.close()
-    end = time.monotonic() + SOON
-    while time.monotonic() < end:
-        try:
-            late = service.tenant()
-        except (AssertionError, OSError):
-            continue
-        assert late.get(late.open("late"), MiB) == MiB
-        break
-    else:
-        raise AssertionError("nobody was let in again")
-
-
-def test_a_client_that_never_reads_is_ended_and_others_are_served(service: Service) -> None:
-    with service.tenant() as deaf, service.tenant() as good:
-        account = deaf.open("deaf")
-        deaf.socket.settimeout(LONG)
-        message = encode(5, Demand(account, 0, 1 << 40, 1 << 40, 1))
-        with pytest.raises((BrokenPipeError, ConnectionResetError)):
-            for _ in range(100_000):
-                deaf.socket.send(message)
-        other = good.open("good")
-        assert good.get(other, MiB) == MiB
-    assert any("has not read 1024 messages" in str(line["message"]) for line in service.lines())
 
 
 def test_a_second_broker_says_who_serves(service: Service) -> None:

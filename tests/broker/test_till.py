@@ -108,7 +108,7 @@ def test_in_the_grace_nothing_is_granted_at_the_till() -> None:
     assert answers(world, account)
 
 
-def test_a_debtor_gets_nothing_at_the_till_of_another_device() -> None:
+def test_a_debtor_gets_nothing_at_the_till_of_any_device_and_others_do_where_it_has_no_account() -> None:
     world = World(till=True)
     low, high = world.player().open("low", 0), world.player().open("high", 100)
     elsewhere = world.player(process=low.player.process, device="GPU-1").open("low")
@@ -117,10 +117,15 @@ def test_a_debtor_gets_nothing_at_the_till_of_another_device() -> None:
     high.demand(30, timeout=2.0)
     ((ask, _, _),) = low.asks()
     assert answers(world, elsewhere)
+    stranger = world.player(device="GPU-2").open("stranger")
+    stranger.get(10)
     world.wait(1.5)
     assert not answers(world, elsewhere)
+    assert answers(world, stranger), "where it has no account nobody is the worse for it"
+    world.player(process=low.player.process, device="GPU-2").open("late")
+    assert not answers(world, stranger)
     low.give(ask, 30)
-    assert answers(world, elsewhere)
+    assert answers(world, elsewhere) and answers(world, stranger)
 
 
 def test_what_an_operator_wants_back_is_counted_by_the_books() -> None:

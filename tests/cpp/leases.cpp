@@ -8,7 +8,6 @@
 #include <functional>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "alloc/heap.hpp"
@@ -18,6 +17,7 @@
 #include "core/sizes.hpp"
 #include "kv/block_range.hpp"
 #include "small_broker.hpp"
+#include "threads.hpp"
 
 using namespace tem;  // NOLINT
 
@@ -109,35 +109,17 @@ void run(const std::shared_ptr<Backend>& backend) {
       const auto loose = BlockRange::make(arena, accounts[1], "loose", Geometry{24, 2 * kMiB, 1, 0, 0});
       const auto heap = Heap::make(arena, accounts[2], "heap");
       std::atomic<bool> over{false};
-      std::atomic<int> failed{0};
-      std::vector<std::thread> threads;
-      const auto start = [&](const std::function<void()>& body) {
-        threads.emplace_back([&failed, body] {
-          try {
-            body();
-          } catch (const std::exception& error) {
-            ++failed;
-            std::printf("        %s\n", error.what());
-          }
-        });
-      };
-      start([&] { hold_blocks(*kept, 1, 0, 24); });
-      start([&] { hold_blocks(*loose, 2, 0, 12); });
-      start([&] { hold_blocks(*loose, 3, 12, 12); });
-      start([&] { use_malloc(*heap, 4); });
-      start([&] { use_malloc(*heap, 5); });
-      std::thread changer([&] {
-        try {
-          change(*arena, accounts[0], over);
-        } catch (const std::exception& error) {
-          ++failed;
-          std::printf("        %s\n", error.what());
-        }
-      });
-      for (std::thread& thread : threads) thread.join();
+      check::Threads users, changer;
+      users.start([&] { hold_blocks(*kept, 1, 0, 24); });
+      users.start([&] { hold_blocks(*loose, 2, 0, 12); });
+      users.start([&] { hold_blocks(*loose, 3, 12, 12); });
+      users.start([&] { use_malloc(*heap, 4); });
+      users.start([&] { use_malloc(*heap, 5); });
+      changer.start([&] { change(*arena, accounts[0], over); });
+      users.join();
       over = true;
       changer.join();
-      CHECK_EQ(failed.load(), 0);
+      CHECK_EQ(users.failed() + changer.failed(), 0);
       heap->retire();
       for (const auto& range : {kept, loose}) range->retire();
     }

@@ -10,7 +10,6 @@
 #include <functional>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "alloc/directory.hpp"
@@ -18,6 +17,7 @@
 #include "check.hpp"
 #include "core/sizes.hpp"
 #include "kv/block_pool.hpp"
+#include "threads.hpp"
 
 using namespace tem;  // NOLINT
 
@@ -329,39 +329,21 @@ void run(const std::shared_ptr<Backend>& backend, const std::string& library) {
       Watcher watcher;
       small->observe(&watcher);
       std::atomic<bool> over{false};
-      std::atomic<int> failed{0};
-      std::vector<std::thread> threads;
-      const auto start = [&](const std::function<void()>& body) {
-        threads.emplace_back([&failed, body] {
-          try {
-            body();
-          } catch (const std::exception& error) {
-            ++failed;
-            std::printf("        %s\n", error.what());
-          }
-        });
-      };
-      start([&] { hold_blocks(kept, streams, 1, 0, 16); });
-      start([&] { hold_blocks(blocks, streams, 2, 0, 16); });
-      start([&] { hold_blocks(blocks, streams, 3, 16, 16); });
-      start([&] { use_pool(pooled, streams, 4, false); });
-      start([&] { use_pool(pooled, streams, 5, true); });
-      start([&] { use_malloc(*small, streams, 6); });
-      start([&] { use_malloc(*small, streams, 7); });
-      start([&] { use_private_pools(*small, streams, 8); });
-      start([&] { read_and_empty(*small, streams); });
-      std::thread knobs([&] {
-        try {
-          turn_knobs(*arena, training, streams, over);
-        } catch (const std::exception& error) {
-          ++failed;
-          std::printf("        %s\n", error.what());
-        }
-      });
-      for (std::thread& thread : threads) thread.join();
+      check::Threads users, knobs;
+      users.start([&] { hold_blocks(kept, streams, 1, 0, 16); });
+      users.start([&] { hold_blocks(blocks, streams, 2, 0, 16); });
+      users.start([&] { hold_blocks(blocks, streams, 3, 16, 16); });
+      users.start([&] { use_pool(pooled, streams, 4, false); });
+      users.start([&] { use_pool(pooled, streams, 5, true); });
+      users.start([&] { use_malloc(*small, streams, 6); });
+      users.start([&] { use_malloc(*small, streams, 7); });
+      users.start([&] { use_private_pools(*small, streams, 8); });
+      users.start([&] { read_and_empty(*small, streams); });
+      knobs.start([&] { turn_knobs(*arena, training, streams, over); });
+      users.join();
       over = true;
       knobs.join();
-      CHECK_EQ(failed.load(), 0);
+      CHECK_EQ(users.failed() + knobs.failed(), 0);
       CHECK_EQ(small->live_bytes(), 0U);
       small->observe(nullptr);
       CHECK_EQ(watcher.live(), 0);

@@ -15,7 +15,6 @@
 #include <memory>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "check.hpp"
@@ -23,6 +22,7 @@
 #include "core/error.hpp"
 #include "core/fd.hpp"
 #include "ledger/till.hpp"
+#include "threads.hpp"
 
 using namespace tem;  // NOLINT
 using broker::Teller;
@@ -213,16 +213,14 @@ void many_tenants() {
     accounts.push_back(static_cast<AccountId>(books.add(std::move(made.ours))));
     theirs.push_back(std::move(made.theirs));
   }
-  std::atomic<int> failed{0};
-  std::vector<std::thread> threads;
+  check::Threads threads;
   for (size_t i = 0; i < held.size(); ++i) {
-    threads.emplace_back([&, i] {
+    threads.start([&, i] {
       try {
         held[i] = live(theirs[i], accounts[i], static_cast<unsigned>(i), over);
-      } catch (const std::exception& error) {
-        ++failed;
-        std::printf("        %s\n", error.what());
+      } catch (...) {
         ::shutdown(theirs[i].get(), SHUT_RDWR);
+        throw;
       }
     });
   }
@@ -232,8 +230,8 @@ void many_tenants() {
   }
   over = true;
   while (books.connections() != 0) books.turn(random);
-  for (std::thread& thread : threads) thread.join();
-  CHECK_EQ(failed.load(), 0);
+  threads.join();
+  CHECK_EQ(threads.failed(), 0);
   CHECK(books.held(accounts[0]) >= held[0]);
   for (size_t i = 1; i < accounts.size(); ++i) CHECK_EQ(books.held(accounts[i]), 0U);
   CHECK(books.granted() > 100);

@@ -66,6 +66,16 @@ class Peer:
         self.process.kill()
         self.process.wait()
 
+    def files(self) -> dict[int, int]:
+        """Bytes that it has mapped of each memory file, by inode. A process makes one for its own memory."""
+        found: dict[int, int] = {}
+        for line in Path(f"/proc/{self.pid}/maps").read_text().splitlines():
+            span, _, _, _, inode, *name = line.split()
+            if "/memfd:torch_elastic_mem" in name:
+                begin, end = (int(each, 16) for each in span.split("-"))
+                found[int(inode)] = found.get(int(inode), 0) + end - begin
+        return found
+
 
 class Machine:
     """The broker and everything that was started on it."""
@@ -133,3 +143,14 @@ def machine(rung: Rung, tmp_path: Path, request: pytest.FixtureRequest) -> Itera
 
 
 Launch = Callable[..., Peer]
+
+
+def preload(directory: Path, name: str) -> str:
+    """A library of this folder's, to be loaded into processes before all others."""
+    library = directory / f"{name}.so"
+    compiler = (os.environ.get("CXX") or "g++").split()
+    source = Path(__file__).parent / f"{name}.cpp"
+    subprocess.run(
+        [*compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True
+    )
+    return str(library)

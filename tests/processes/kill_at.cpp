@@ -36,25 +36,25 @@ void step(const char* call, int number, const char* when) {
 
 }  // namespace
 
-extern "C" ssize_t send(int socket, const void* data, size_t bytes, int flags) {
+extern "C" ssize_t sendmsg(int socket, const msghdr* message, int flags) {
   static const auto real =
-      reinterpret_cast<ssize_t (*)(int, const void*, size_t, int)>(dlsym(RTLD_NEXT, "send"));
+      reinterpret_cast<ssize_t (*)(int, const msghdr*, int)>(dlsym(RTLD_NEXT, "sendmsg"));
   static std::atomic<int> count{0};
-  if (!is_broker(socket)) return real(socket, data, bytes, flags);
+  if (!is_broker(socket)) return real(socket, message, flags);
   const int number = ++count;
   step("send", number, "before");
-  const ssize_t sent = real(socket, data, bytes, flags);
+  const ssize_t sent = real(socket, message, flags);
   step("send", number, "after");
   return sent;
 }
 
-extern "C" ssize_t recv(int socket, void* data, size_t bytes, int flags) {
-  static const auto real = reinterpret_cast<ssize_t (*)(int, void*, size_t, int)>(dlsym(RTLD_NEXT, "recv"));
+extern "C" ssize_t recvmsg(int socket, msghdr* message, int flags) {
+  static const auto real = reinterpret_cast<ssize_t (*)(int, msghdr*, int)>(dlsym(RTLD_NEXT, "recvmsg"));
   static std::atomic<int> count{0};
-  if (!is_broker(socket)) return real(socket, data, bytes, flags);
+  if (!is_broker(socket)) return real(socket, message, flags);
   const int number = ++count;
   step("recv", number, "before");
-  const ssize_t got = real(socket, data, bytes, flags);
+  const ssize_t got = real(socket, message, flags);
   step("recv", number, "after");
   return got;
 }

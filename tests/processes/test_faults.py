@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
-import subprocess
+import struct
 import sysconfig
 import time
+from collections.abc import Callable
+from datetime import timedelta
+from itertools import count
 from pathlib import Path
 
 import pytest
 
-from tests.processes.conftest import Machine, MiB, Refused
-
-HERE = Path(__file__).parent
+from tests.processes.conftest import Machine, MiB, Refused, preload
 
 
 @pytest.fixture(scope="session")
 def kill_at(tmp_path_factory: pytest.TempPathFactory) -> str:
-    library = tmp_path_factory.mktemp("kill_at") / "kill_at.so"
-    compiler = (os.environ.get("CXX") or "g++").split()
-    source = HERE / "kill_at.cpp"
-    subprocess.run([*compiler, "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-    return str(library)
+    return preload(tmp_path_factory.mktemp("kill_at"), "kill_at")
 
 
 def test_what_a_killed_process_held_is_leased_again(machine: Machine) -> None:
@@ -148,6 +146,76 @@ def test_a_demand_that_waits_when_the_broker_dies_is_granted_by_the_next(machine
     assert taker.hear() == 64 * MiB
 
 
+def take_all_descriptors(pid: int) -> None:
+    """It opens no more, until it closes some."""
+    taken = {int(each.name) for each in Path(f"/proc/{pid}/fd").iterdir()}
+    lowest = next(number for number in count() if number not in taken)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest, lowest))
+
+
+@pytest.mark.rungs("host")
+@pytest.mark.rungs("fake")  # who knows when the real driver needs some
+@pytest.mark.parametrize("who", ["giver", "broker", "taker"])
+def test_who_can_open_no_descriptors_gives_and_gets_memory_by_way_of_the_device(
+    machine: Machine, who: str
+) -> None:
+    hog, taker = machine.peer("training"), machine.peer("serving")
+    hog("grow", 120 * MiB)
+    ((file, _),) = hog.files().items()
+    hog("shrink", 120 * MiB)
+    taker("grow", 4 * MiB)
+    take_all_descriptors({"giver": hog.pid, "broker": machine.service.pid, "taker": taker.pid}[who])
+    assert taker("grow", 64 * MiB) == 68 * MiB
+    assert file not in taker.files()
+    assert hog("held") <= 60 * MiB
+
+
+@pytest.fixture
+def wall_clock(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[timedelta], None]:
+    """Sets the wall clock that a broker and its tenants see from now on; it is hours ahead already."""
+    file = tmp_path / "ahead"
+
+    def set_ahead(ahead: timedelta) -> None:
+        with file.open("r+b" if file.exists() else "wb") as opened:
+            opened.write(struct.pack("q", int(ahead.total_seconds()) * 10**9))
+
+    set_ahead(timedelta(hours=5))
+    library = preload(tmp_path, "wall_clock")
+    machine.service.stop()
+    monkeypatch.setenv("LD_PRELOAD", library)
+    monkeypatch.setenv("TEM_WALL_CLOCK", str(file))
+    machine.service.start()
+    assert library in Path(f"/proc/{machine.service.pid}/maps").read_text()
+    return set_ahead
+
+
+@pytest.mark.parametrize("ahead", [timedelta(days=400), timedelta(days=-400)], ids=["ahead", "back"])
+def test_a_wall_clock_that_jumps_ends_no_wait_and_makes_none_longer(
+    machine: Machine, wall_clock: Callable[[timedelta], None], ahead: timedelta
+) -> None:
+    hog, patient, hasty = (
+        machine.peer("training", keep=False),
+        machine.peer("serving"),
+        machine.peer("serving"),
+    )
+    hog("grow", 120 * MiB)
+    hog("reclaimer", "evict", 1.0)
+    before = patient("wall_clock")
+    patient.tell("grow", 64 * MiB, 60.0)
+    assert hog("await_asked")
+    hasty.tell("grow", 120 * MiB, 1.5)
+    wall_clock(ahead)
+    with pytest.raises(Refused, match="is free after"):
+        hasty.hear()
+    assert patient.hear() == 64 * MiB
+    assert abs(patient("wall_clock") - before - ahead.total_seconds()) < 86_400
+    for peer in (hog, patient, hasty):
+        peer.kill()
+    machine.await_leased(0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("call", ["send", "recv"])
@@ -174,19 +242,48 @@ def test_killed_at_any_message_of_a_growth_a_process_leaves_nothing(
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("call", ["send", "recv"])
-def test_killed_at_any_message_of_a_yield_a_victim_gives_all_of_it(
+def test_killed_at_any_message_of_a_demand_that_another_meets_a_process_leaves_nothing(
     machine: Machine, kill_at: str, call: str, when: str
 ) -> None:
+    hog = machine.peer("training")
+    died = 0
+    for number in range(2, 7):
+        # All of it is there again.
+        hog("grow", 120 * MiB)
+        hog("shrink", 120 * MiB)
+        extra = {"LD_PRELOAD": kill_at, "TEM_KILL_AT": f"{call} {number} {when}"}
+        try:
+            machine.launch("serving", **extra).ready()("grow", 64 * MiB)
+        except EOFError:
+            died += 1
+        machine.peers[-1].kill()
+    hog("close")
+    machine.await_leased(0)
+    assert died >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("call", ["send", "recv"])
+@pytest.mark.parametrize("gives", ["what it uses", "what it keeps"])
+def test_killed_at_any_message_of_a_yield_a_victim_gives_all_of_it(
+    machine: Machine, kill_at: str, gives: str, call: str, when: str
+) -> None:
+    died = 0
     for number in range(3, 9):
         extra = {"LD_PRELOAD": kill_at, "TEM_KILL_AT": f"{call} {number} {when}"}
         try:
-            victim = machine.launch("training", keep=False, **extra).ready()
+            victim = machine.launch("training", keep=gives == "what it keeps", **extra).ready()
             victim("grow", 120 * MiB)
-            victim("reclaimer", "evict")
+            # What is kept is passed on, as it is.
+            victim("reclaimer", "evict") if gives == "what it uses" else victim("shrink", 120 * MiB)
         except EOFError:
             pass
         taker = machine.peer("serving")
         assert taker("grow", 64 * MiB) == 64 * MiB
+        died += machine.peers[-2].process.poll() is not None
         machine.peers[-2].kill()
         taker.kill()
         machine.await_leased(0)
+    # A grant and an ask are the least that it hears.
+    assert died >= 2

@@ -20,6 +20,19 @@ def test_idle_memory_of_a_lower_class_goes_to_a_higher_one_in_another_process(ma
     assert hog("held") <= 64 * MiB
 
 
+@pytest.mark.rungs("host")
+@pytest.mark.rungs("fake")  # a GPU's memory is in no file that could be looked at
+def test_what_a_process_yields_is_the_very_memory_that_the_other_gets(machine: Machine) -> None:
+    hog = machine.peer("training")
+    hog("grow", 120 * MiB)
+    ((file, _),) = hog.files().items()
+    hog("shrink", 120 * MiB)
+    taker = machine.peer("serving")
+    taker("grow", 64 * MiB)
+    # 8 MiB were free.
+    assert taker.files()[file] == 56 * MiB
+
+
 def test_memory_comes_from_a_process_whose_python_is_busy(machine: Machine) -> None:
     hog = machine.peer("training")
     hog("grow", 120 * MiB)

@@ -6,6 +6,7 @@ value, or with an error's class and text.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import resource
 import sys
@@ -40,7 +41,7 @@ class Member:
         wanted = sample(seed)
         return list(wanted) == list(self.weights) and all(
             torch.equal(
-                wanted[name].contiguous().view(-1).view(torch.uint8), given.view(-1).view(torch.uint8)
+                wanted[name].contiguous().view(-1).view(torch.uint8), given.cpu().view(-1).view(torch.uint8)
             )
             and (wanted[name].dtype, wanted[name].shape) == (given.dtype, given.shape)
             for name, given in self.weights.items()
@@ -61,13 +62,33 @@ class Member:
         self.weights.close()
         return "closed"
 
-    def write(self, name: str) -> str:
-        self.weights[name].view(-1)[0] = 1
+    def write(self, name: str, by: str) -> str:
+        """Everything that may write: a kernel, the driver's memset, a copy. Waits for the GPU to say so."""
+        tensor = self.weights[name].view(-1)
+        if by == "kernel":
+            tensor.fill_(1)
+        elif by == "copy":
+            tensor.copy_(torch.ones_like(tensor, device="cpu"))
+        else:
+            memset(tensor)
+        if tensor.is_cuda:
+            torch.cuda.synchronize()
         return "written"
 
     def files(self, count: int) -> str:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
         return "limited"
+
+
+def memset(tensor: torch.Tensor) -> None:
+    if not tensor.is_cuda:
+        ctypes.memset(tensor.data_ptr(), 1, tensor.nbytes)
+        return
+    from cuda.bindings import driver
+
+    (error,) = driver.cuMemsetD8(tensor.data_ptr(), 1, tensor.nbytes)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"cuMemsetD8: {error!r}")
 
 
 def main() -> None:
@@ -81,7 +102,7 @@ def main() -> None:
         command, *arguments = json.loads(line)
         try:
             answer = [getattr(member, command)(*arguments)]
-        except tem.TemError as error:
+        except (tem.TemError, RuntimeError) as error:
             answer = [type(error).__name__, str(error)]
         print(json.dumps(answer), flush=True)
 

@@ -27,9 +27,13 @@ def until(holds: Callable[[], bool], seconds: float = LONG) -> None:
 
 
 class Broker:
-    """`tem serve`, without its control socket: states come by the broker's own words on stdout."""
+    """`tem serve`, without its control socket: states come by the broker's own words on stdout.
+
+    They are of `device`, a UUID; if that is empty, of the device that somebody came for last.
+    """
 
     def __init__(self, directory: Path, files: int | None = None) -> None:
+        self.device = ""
         self.path = str(directory / "tenants.sock")
         self.shares = directory / "shares.sock"
         limit = [] if files is None else [str(files)]
@@ -47,9 +51,8 @@ class Broker:
         return json.loads(self.process.stdout.readline())
 
     def state(self) -> Any:
-        """Of the device that somebody came for last; of the host before that."""
         assert self.process.stdin
-        self.process.stdin.write("state\n")
+        self.process.stdin.write(self.device + "\n")
         self.process.stdin.flush()
         return self._said()
 
@@ -80,7 +83,7 @@ class Sharer:
             cwd=ROOT,
             env=os.environ | environment,
         )
-        self._answer()
+        self._ready = False
 
     @property
     def pid(self) -> int:
@@ -93,11 +96,14 @@ class Sharer:
             raise EOFError(f"the member ended: {self.process.wait(LONG)}")
         answer = json.loads(line)
         if len(answer) == 2:
-            raise getattr(tem, answer[0])(answer[1])
+            raise getattr(tem, answer[0], RuntimeError)(answer[1])
         return answer[0]
 
     def ask(self, *command: Any) -> Any:
         assert self.process.stdin
+        if not self._ready:
+            self._answer()
+            self._ready = True
         self.process.stdin.write(json.dumps(command) + "\n")
         self.process.stdin.flush()
         return self._answer()

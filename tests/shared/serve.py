@@ -1,5 +1,6 @@
-"""A broker for tests: `python -m tests.shared.serve DIRECTORY [FILES]`. It says its state when it is asked.
+"""A broker for tests: `python -m tests.shared.serve DIRECTORY [FILES]`.
 
+A line of stdin asks for the state of a device, by its UUID; an empty one, of that which came last.
 FILES is how many descriptors it may open.
 """
 
@@ -28,9 +29,9 @@ def say(value: object) -> None:
 @asynccontextmanager
 async def telling(running: Running) -> AsyncIterator[None]:
     def asked() -> None:
-        if sys.stdin.readline():
+        if line := sys.stdin.readline():
             devices = running.broker.state().devices
-            say(devices[-1] if devices else None)
+            say(next((each for each in reversed(devices) if line.strip() in ("", each.uuid)), None))
         else:
             asyncio.get_running_loop().remove_reader(sys.stdin)
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import torch_elastic_mem as tem
+from tests.rungs import CudaRung, Rung
 from tests.shared.processes import Broker, MiB, until
 from tests.shared.samples import sample
 from torch_elastic_mem import _C
@@ -33,9 +34,14 @@ def broker() -> Iterator[Broker]:
 
 
 @pytest.fixture
-def arena(broker: Broker) -> Iterator[tem.Arena]:
-    with tem.Arena("host", capacity="256MiB", broker=broker.path) as made:
+def arena(rung: Rung, broker: Broker) -> Iterator[tem.Arena]:
+    with rung.arena("256MiB", broker=broker.path) as made:
+        broker.device = "HOST" if rung.device == "host" else made.uuid
         yield made
+
+
+def octets(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8)
 
 
 def test_every_tensor_is_as_it_was(arena: tem.Arena) -> None:
@@ -45,16 +51,15 @@ def test_every_tensor_is_as_it_was(arena: tem.Arena) -> None:
             found = weights[name]
             assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
             assert found.is_contiguous() and found.data_ptr() % ALIGNMENT == 0
-            wanted = tensor.contiguous().view(-1).view(torch.uint8)
-            assert torch.equal(found.view(-1).view(torch.uint8), wanted)
+            assert torch.equal(octets(found), octets(tensor))
         assert weights["tied"] is weights["large"]
         assert weights["transposed"].data_ptr() != weights["large"].data_ptr()
         assert list(weights) == list(given) and len(weights) == len(given)
-        assert "base" in repr(weights) and weights.device == "cpu" and weights.nbytes == 6 * MiB
+        assert "base" in repr(weights) and weights.device == arena.device and weights.nbytes == 6 * MiB
     assert weights.tensors == {}
 
 
-def test_tied_parameters_of_a_module_stay_tied(arena: tem.Arena) -> None:
+def test_tied_parameters_of_a_module_stay_tied(rung: Rung, arena: tem.Arena) -> None:
     class Tied(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -62,14 +67,16 @@ def test_tied_parameters_of_a_module_stay_tied(arena: tem.Arena) -> None:
             self.head = torch.nn.Linear(8, 50, bias=False)
             self.head.weight = self.embed.weight
 
-    model = Tied()
-    before = model.head(model.embed(torch.tensor([3])))
+    # The same bits of another device's kernels are nobody's promise.
+    device = "cuda" if isinstance(rung, CudaRung) else "cpu"
+    model, tokens = Tied().to(device), torch.tensor([3], device=device)
+    before = model.head(model.embed(tokens))
     with tem.share(model.state_dict(), "tied", arena=arena) as weights:
         model.load_state_dict(weights.tensors, assign=True)
         assert (
             model.embed.weight.data_ptr() == model.head.weight.data_ptr() == weights["head.weight"].data_ptr()
         )
-        assert torch.equal(model.head(model.embed(torch.tensor([3]))), before)
+        assert torch.equal(model.head(model.embed(tokens)), before)
         del model
 
 
@@ -103,23 +110,23 @@ def test_weights_that_cannot_be_read_leave_nothing(
     assert arena.snapshot().accounts == []
 
 
-def test_many_extents_cross_in_batches(arena: tem.Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_extents_cross_in_batches(rung: Rung, arena: tem.Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch_elastic_mem.share_link.BATCH", 2)
     given = torch.arange(34 * MiB // 4, dtype=torch.int32)
     with tem.share({"a": given}, "base", arena=arena) as weights:
-        assert torch.equal(weights["a"], given)
-        attached = tem.attach("base", device="host", broker=str(arena.broker))
-        assert torch.equal(attached["a"], given)
+        assert torch.equal(weights["a"].cpu(), given)
+        attached = tem.attach("base", device=rung.device, broker=str(arena.broker))
+        assert torch.equal(attached["a"].cpu(), given)
 
 
-def test_threads_attach_and_close_at_once(arena: tem.Arena, broker: Broker) -> None:
+def test_threads_attach_and_close_at_once(rung: Rung, arena: tem.Arena, broker: Broker) -> None:
     given = {"a": torch.arange(1000)}
     wrong: list[object] = []
 
     def visit() -> None:
         for _ in range(10):
-            with tem.attach("base", device="host", broker=broker.path) as weights:
-                if not torch.equal(weights["a"], given["a"]):
+            with tem.attach("base", device=rung.device, broker=broker.path) as weights:
+                if not torch.equal(weights["a"].cpu(), given["a"]):
                     wrong.append(weights)
 
     with tem.share(given, "base", arena=arena):
@@ -184,7 +191,7 @@ def test_a_file_of_safetensors_is_read_bit_for_bit(arena: tem.Arena, tmp_path: P
         assert weights.tensors.keys() == given.keys()
         for name, tensor in given.items():
             assert (weights[name].dtype, weights[name].shape) == (tensor.dtype, tensor.shape)
-            assert torch.equal(weights[name].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
+            assert torch.equal(octets(weights[name]), octets(tensor))
 
 
 def test_a_file_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,12 +250,12 @@ def test_a_child_of_fork_leaves_nothing_of_its_parents(arena: tem.Arena, broker:
 
 
 @pytest.mark.parametrize("name", ["", "x" * 49, "x" * 500])
-def test_a_name_that_cannot_be_is_refused(arena: tem.Arena, broker: Broker, name: str) -> None:
+def test_a_name_that_cannot_be_is_refused(rung: Rung, arena: tem.Arena, broker: Broker, name: str) -> None:
     with pytest.raises(tem.InvalidArgument):
         tem.share({"a": torch.ones(3)}, name, arena=arena)
     assert arena.snapshot().accounts == [] and broker.leased() == 0
     with pytest.raises(tem.InvalidArgument, match="nobody shares"):
-        tem.attach(name, device="host", broker=broker.path)
+        tem.attach(name, device=rung.device, broker=broker.path)
 
 
 # What went out.

@@ -31,6 +31,11 @@ class Accounts:
         """What free memory has above the lower mark when it is at the upper one."""
         return self.reserve_high - self.reserve_low
 
+    @property
+    def owing(self) -> bool:
+        """An account is of a process that owes an answer, be it on another device."""
+        return any(holder.session.process.debts for holder in self.holders.values())
+
     def open(
         self, session: Session, name: str, priority: str, wanted: Limits, forced: tuple[str, Limits]
     ) -> Holder:

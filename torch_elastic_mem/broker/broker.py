@@ -78,7 +78,7 @@ class Broker:
         started: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.epoch = time.time_ns()
+        self.epoch = time.monotonic_ns()
         self.journal = Journal()
         self.post: list[Letter] = []
         self.clock = clock

@@ -65,13 +65,12 @@ class Tills:
 
     def open(self) -> None:
         """At the end of a turn: opens each till at which nothing needs a decision, and closes the others."""
-        # A debt on one device counts on all.
-        may = self._clock() >= self._grace.until and not any(
-            books.asks.late for books in self._books.values()
-        )
+        granting = self._clock() >= self._grace.until
+        # Seldom is there one. A debt on one device counts on all on which the process has accounts.
+        debtors = any(books.asks.late for books in self._books.values())
         for books in self._books.values():
             accounts = books.accounts
-            if may and books.calm:
+            if granting and books.calm and not (debtors and accounts.owing):
                 accounts.till.open(accounts.above_low)
             else:
                 accounts.till.close()
