@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from tests.vllm.engine import engine, fact, sampling
+from tests.vllm.engine import confine, engine, fact, sampling
 
 SEEDS = range(2)
 SHORT, LONG = 6, 40  # tokens that are wanted
@@ -43,6 +43,7 @@ class Squeezing:
         self.shared = self.hashed = self.preempted = 0
         self._steps = 0
         self._arena = core.model_executor.driver_worker.worker.elastic_arena
+        confine(self._arena, self.cache)
         account = self._arena.account("pressing", tem.PriorityClass("pressing", 10**6))
         self._range = account.range("1GiB")
         self._asking: threading.Thread | None = None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.vllm import shapes
+from tests.vllm import weights
 
 MiB = 1 << 20
 CACHE = 64 * MiB
@@ -31,7 +32,7 @@ def fact(name: str, value: object) -> None:
 def engine(folder: Path, shape: str, **more: Any) -> Any:
     from vllm import LLM
 
-    draw_weights()
+    weights.draw()
     arguments: dict[str, Any] = {
         "load_format": "dummy",
         "skip_tokenizer_init": True,
@@ -46,28 +47,6 @@ def engine(folder: Path, shape: str, **more: Any) -> Any:
         "seed": 0,
     }
     return LLM(model=str(shapes.write(shape, folder)), **arguments | more)
-
-
-def draw_weights() -> None:
-    """Has vLLM draw weights with which a token depends on all before it.
-
-    Its own are so small, norms' included, that only the last token matters: an engine without a KV cache
-    would answer the same.
-    """
-    from vllm.model_executor.model_loader import dummy_loader, weight_utils
-
-    plain = weight_utils.initialize_single_dummy_weight
-    if getattr(plain, "larger", False):
-        return
-
-    def draw(parameter: Any, *_: Any, **__: Any) -> None:
-        plain(parameter, -0.1, 0.1)
-        if parameter.dim() == 1:
-            parameter.data.add_(1.0)
-
-    draw.larger = True  # type: ignore[attr-defined]
-    weight_utils.initialize_single_dummy_weight = draw
-    dummy_loader.initialize_single_dummy_weight = draw
 
 
 def prompts(seed: int, count: int) -> list[dict[str, list[int]]]:
@@ -94,6 +73,13 @@ def plain(llm: Any) -> None:
     fact("tokens", [tokens(llm, 1), tokens(llm, 2, 40)])
 
 
+def confine(arena: Any, cache: Any) -> None:
+    """On a GPU the arena has all of the device; what others take is to be the cache's memory, and not the rest."""
+    if arena.backend == "cuda":
+        size = cache.num_blocks * cache.block_bytes
+        arena.set_capacity(-(-size // arena.granularity) * arena.granularity)
+
+
 class Pressing:
     """Somebody of a higher class in this process, who takes up to three quarters and gives them back."""
 
@@ -101,6 +87,7 @@ class Pressing:
         import torch_elastic_mem as tem
 
         self.arena, self.cache = worker.elastic_arena, worker.elastic_cache
+        confine(self.arena, self.cache)
         self.account = self.arena.account("pressing", tem.PriorityClass("pressing", 10**6))
         self.range = self.account.range("1GiB")
         self.met: list[bool] = []
@@ -396,6 +383,7 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if scenario.endswith("apart") else "0"
     os.environ["TEM_ENABLE"] = "0" if scenario.startswith("plain") else "1"
     os.dup2(2, 1)
+    weights.draw_in_children()
     with tempfile.TemporaryDirectory() as folder:
         asynchronous = scenario in ("squeezed", "sleeping_amid")
         more: dict[str, Any] = {"async_scheduling": True} if asynchronous else {}
