@@ -74,7 +74,7 @@ def plain(llm: Any) -> None:
 
 
 def confine(arena: Any, cache: Any) -> None:
-    """On a GPU the arena has all of the device; what others take is to be the cache's memory, and not the rest."""
+    """On a GPU the arena has all of the device: what others take is to be the cache's memory."""
     if arena.backend == "cuda":
         size = cache.num_blocks * cache.block_bytes
         arena.set_capacity(-(-size // arena.granularity) * arena.granularity)
