@@ -154,6 +154,19 @@ def preempt(scheduler: Any, request: Any) -> None:
     scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
 
 
+def other_ranks(parallel: Any) -> str | None:
+    """Why an engine's ranks cannot be served, if they are spread in a way that is not known here."""
+    if parallel.data_parallel_size > 1:
+        return "data parallel ranks are not served yet"
+    if parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1:
+        return "context parallel ranks are not served yet"
+    if parallel.nnodes > 1:
+        return "its ranks are on several machines"
+    if parallel.pipeline_parallel_size > 1 and release() == "0.26":
+        return "this release may count a preempted request's output twice where steps follow in a pipeline"
+    return None
+
+
 def other_sleep(model_config: Any) -> str | None:
     """Why an engine cannot sleep by the arena, if it is configured to sleep in another way."""
     backend = model_config.sleep_mode_backend

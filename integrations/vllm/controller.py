@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 
 from torch_elastic_mem.errors import InUseError
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
-from torch_elastic_mem.integrations.vllm.cache import ElasticCache
 from torch_elastic_mem.integrations.vllm.grower import Grower
+from torch_elastic_mem.integrations.vllm.memory import EngineMemory
 from torch_elastic_mem.integrations.vllm.teller import Teller
 
 # What a step waits for memory on its way rather than give up a warm prefix or preempt a request.
@@ -49,7 +49,7 @@ class Controller:
         preempt: takes the blocks of the request that matters least; False when none runs.
     """
 
-    def __init__(self, cache: ElasticCache, balloon: Balloon, preempt: Callable[[], bool]) -> None:
+    def __init__(self, cache: EngineMemory, balloon: Balloon, preempt: Callable[[], bool]) -> None:
         self.lock = threading.RLock()
         self.balloon = balloon
         self.grower = Grower(cache)

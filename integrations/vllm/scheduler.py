@@ -45,6 +45,7 @@ class Elastic(Base):
         self.elastic = Controller(
             cache, Balloon(pool, cache.chunk_blocks, -(-ahead // cache.chunk_blocks)), self._preempt_last
         )
+        self._memory = cache
         self._ahead = ahead - 1
         self._block_sizes = [group.kv_cache_spec.block_size for group in self.kv_cache_config.kv_cache_groups]
 
@@ -54,6 +55,7 @@ class Elastic(Base):
             self.elastic.before_step(self._needed, self._ahead)
             output = super().schedule(*args, **kwargs)
             self.elastic.step_scheduled()
+            self._memory.number(output)
             return output
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
@@ -98,7 +100,7 @@ class Elastic(Base):
         super().set_pause_state(pause_state)
 
     def shutdown(self) -> None:
-        """As vLLM's. The worker has been shut down before, and runs no step any more."""
+        """As vLLM's. The workers have been shut down before, and run no step any more."""
         self.elastic.close()
         forget(self.vllm_config.instance_id)
         super().shutdown()
