@@ -67,35 +67,40 @@ class Rank:
         self._end()
 
     def _hear(self) -> None:
-        for message in self._line.messages():
-            match message:
-                case line.Grow():
-                    self._growths.put(message)
-                case line.Release():
-                    with self._changed:
-                        self._heard += message.yielded
-                        self._due.append(message)
-                        self._reach(self._enqueued)
-                case line.Undo(number):
-                    with self._changed:
-                        self._undone = max(self._undone, number)
-                        if self._grown is not None and self._grown.number == number:
-                            self._let_go(self._grown.chunks)
-                            self._grown = None
-                case line.Served(number):
-                    with self._changed:
-                        if number in self._open:
-                            self._open[number].set()
-                case line.Listen(rung):
-                    asked = self._cache.account.on_reclaim(partial(self._asked, rung), rung)
-                    with self._changed:
-                        self._reclaimers.append(asked)
-                case line.Blocks():
-                    with suppress(TemError):  # nobody listens any more
-                        self._cache.account.note_blocks(
-                            message.in_use, message.cached, message.free, message.parked
-                        )
-        self._end()
+        try:
+            for message in self._line.messages():
+                self._heed(message)
+        finally:
+            self._end()
+
+    def _heed(self, message: line.Message) -> None:
+        match message:
+            case line.Grow():
+                self._growths.put(message)
+            case line.Release():
+                with self._changed:
+                    self._heard += message.yielded
+                    self._due.append(message)
+                    self._reach(self._enqueued)
+            case line.Undo(number):
+                with self._changed:
+                    self._undone = max(self._undone, number)
+                    if self._grown is not None and self._grown.number == number:
+                        self._let_go(self._grown.chunks)
+                        self._grown = None
+            case line.Served(number):
+                with self._changed:
+                    if number in self._open:
+                        self._open[number].set()
+            case line.Listen(rung):
+                asked = self._cache.account.on_reclaim(partial(self._asked, rung), rung)
+                with self._changed:
+                    self._reclaimers.append(asked)
+            case line.Blocks():
+                with suppress(TemError):  # nobody listens any more
+                    self._cache.account.note_blocks(
+                        message.in_use, message.cached, message.free, message.parked
+                    )
 
     def _end(self) -> None:
         with self._changed:

@@ -179,17 +179,22 @@ class Ranks:
             each.send(message)
 
     def _hear(self, rank: int, caller: Line) -> None:
-        for message in caller.messages():
-            if isinstance(message, line.Grown):
-                with self._answered:
-                    if message.number == self._under_way:
-                        self._answers[rank] = message.refusal
-                        self._answered.notify_all()
-            elif isinstance(message, line.Demand):
-                with self._lock:
-                    desk = self._desks[message.rung]
-                desk.put(message, caller)
-        self._end()
+        try:
+            for message in caller.messages():
+                self._heed(rank, caller, message)
+        finally:
+            self._end()
+
+    def _heed(self, rank: int, caller: Line, message: line.Message) -> None:
+        if isinstance(message, line.Grown):
+            with self._answered:
+                if message.number == self._under_way:
+                    self._answers[rank] = message.refusal
+                    self._answered.notify_all()
+        elif isinstance(message, line.Demand):
+            with self._lock:
+                desk = self._desks[message.rung]
+            desk.put(message, caller)
 
     def _end(self) -> None:
         with self._answered:

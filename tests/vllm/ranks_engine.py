@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.vllm.engine import Pressing, engine, fact, tokens
+from torch_elastic_mem.integrations.vllm.grower import REST
 
 SPLITS = {"tensor": {"tensor_parallel_size": 2}, "pipeline": {"pipeline_parallel_size": 2}}
 
@@ -67,7 +68,7 @@ def relieve(worker: Any) -> dict[str, Any]:
 
 def plain(llm: Any) -> None:
     fact("scheduler", type(llm.llm_engine.engine_core.engine_core.scheduler).__name__)
-    fact("tokens", [tokens(llm, 1, 40), tokens(llm, 2, 20)])
+    fact("tokens", [tokens(llm, 1, 20), tokens(llm, 2, 10), tokens(llm, 3, 10)])
 
 
 def squeezed(llm: Any) -> None:
@@ -76,7 +77,7 @@ def squeezed(llm: Any) -> None:
     fact("scheduler", type(core.scheduler).__name__)
     fact("resident at first", on_ranks(llm, resident))
     on_ranks(llm, press)
-    first = tokens(llm, 1, 40)
+    first = tokens(llm, 1, 20)
     fact("pressed", on_ranks(llm, relieve))
     fact("chunks after", [*on_ranks(llm, chunks), core.scheduler.elastic.balloon.resident()])
     fact("kept when nobody asks", on_ranks(llm, resident))
@@ -93,27 +94,31 @@ def squeezed(llm: Any) -> None:
     def refuse_one(worker: Any) -> None:
         if worker.rank == 1:
             worker.pressing.range.shrink(worker.pressing.range.mapped)
-            worker.elastic_account.set_limits(max=2 * worker.elastic_cache.chunk_bytes, timeout=5.0)
+            worker.elastic_account.set_limits(max=worker.elastic_cache.resident_bytes)
 
     on_ranks(llm, refuse_one)
     core.scheduler.elastic.grower.refusals = 0
-    second = tokens(llm, 2, 20)
-    time.sleep(0.2)  # for a growth that was under way
+    second = tokens(llm, 2, 10)
+    core.scheduler.elastic.grower.settle(60.0)
     fact("under one's limit", on_ranks(llm, resident))
     fact("refusals", core.scheduler.elastic.grower.refusals)
     fact("chunks under it", [*on_ranks(llm, chunks), core.scheduler.elastic.balloon.resident()])
-    fact("tokens", [first, second])
+    on_ranks(llm, lambda worker: worker.elastic_account.set_limits(max="max"))
+    time.sleep(REST)
+    third = tokens(llm, 3, 10)
+    fact("grown again", on_ranks(llm, resident))
+    fact("tokens", [first, second, third])
 
 
 def shared(llm: Any) -> None:
     """Two tenants of one broker; a line on stdin says when to go on."""
-    first = tokens(llm, 1, 40)
+    first = tokens(llm, 1, 20)
     fact("tokens", first)
     fact("resident", on_ranks(llm, resident))
     fact("processes", on_ranks(llm, lambda worker: os.getpid()))
     sys.stdin.readline()
     fact("resident after", on_ranks(llm, resident))
-    fact("tokens again", tokens(llm, 2, 20))
+    fact("tokens again", [tokens(llm, 2, 10), tokens(llm, 3, 10)])
     fact("chunks", on_ranks(llm, chunks))
 
 

@@ -17,6 +17,7 @@ from tests.arena.watch import comes_true
 from tests.broker.service import Service
 from tests.rungs import Rung
 from tests.vllm.small_ranks import BLOCKS, CHUNK, Engine, MiB, engine_on, together
+from torch_elastic_mem.broker.control import ControlClient
 from torch_elastic_mem.integrations.vllm import line
 from torch_elastic_mem.integrations.vllm.ranks import Ranks
 
@@ -223,6 +224,15 @@ def test_demands_of_one_rank_add_up(engine: Engine) -> None:
     assert len(first.chunks()) == BLOCKS // 2 - 7, "nor is one counted that has been met"
 
 
+def test_what_a_demand_did_not_get_is_not_owed_to_the_next(engine: Engine) -> None:
+    first, _ = engine.ones
+    asked: list[float] = []
+    engine.ranks.on_reclaim(lambda nbytes, timeout: asked.append(nbytes), "evict")
+    first.rank._asked("evict", 5 * CHUNK, 60.0)
+    first.rank._asked("evict", 2 * CHUNK, 60.0)
+    assert asked == [5, 2]
+
+
 def test_what_is_in_the_blocks_is_said_on_every_rank(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[str, int]] = []
 
@@ -308,11 +318,15 @@ def test_under_a_broker_ranks_are_granted_together_or_not_at_all(
     with service.tenant("other") as other:
         number = other.open("other", 1000)
         # Room for one rank's part, and not for both.
+        with ControlClient(service.directory / "control.sock") as control:
+            grants = control.state().grants + 1
         held = 100 * MiB - 2 * 4 * CHUNK - 4 * CHUNK
         other.get(number, held)
         with pytest.raises(tem.OutOfMemory, match="was refused, so none grows"):
             engine.ranks.ensure(range(4, 8))
         assert engine.chunks() == [[0, 1, 2, 3]] * 2
+        with ControlClient(service.directory / "control.sock") as control:
+            assert control.state().grants == grants, "no rank had its part at any time"
         assert [each.cache.account.held for each in engine.ones] == [4 * CHUNK] * 2
         other.put(number, held)
     engine.ranks.ensure(range(4, 8))
