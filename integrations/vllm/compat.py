@@ -12,8 +12,9 @@ Facts, each read in the release's wheel:
 * Up to 0.28 any `wake_up` restores the buffers that level 2 has saved, whether or not the weights are back,
   and `post_kv_cache_wake_up` restores what vLLM's own allocator would have lost beside the KV cache: the V1
   runner zeroes all of a quantized cache for it.
-* Output in flight of a preempted request: up to 0.28 the scheduler counts what to discard on the request;
-  later `_preempt_request` takes `drop_stale_output`.
+* Output in flight of a preempted request: up to 0.28 the asynchronous scheduler counts what to discard on the
+  request, and the other one, which has steps in flight in a pipeline, delivers it; later `_preempt_request`
+  takes `drop_stale_output` for both.
 """
 
 from __future__ import annotations

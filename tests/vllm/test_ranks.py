@@ -320,7 +320,7 @@ def test_under_a_broker_ranks_are_granted_together_or_not_at_all(
         # Room for one rank's part, and not for both.
         with ControlClient(service.directory / "control.sock") as control:
             grants = control.state().grants + 1
-        held = 100 * MiB - 2 * 4 * CHUNK - 4 * CHUNK
+        held = 100 * MiB - 2 * 4 * CHUNK - 6 * CHUNK
         other.get(number, held)
         with pytest.raises(tem.OutOfMemory, match="was refused, so none grows"):
             engine.ranks.ensure(range(4, 8))
