@@ -167,7 +167,12 @@ class Account:
         return self._core.wait(parse_bytes(nbytes), self.device.seconds(timeout))
 
     def reserve(
-        self, nbytes: Bytes, *, group: Group | None = None, timeout: float | None = None
+        self,
+        nbytes: Bytes,
+        *,
+        group: Group | None = None,
+        timeout: float | None = None,
+        rung: str = "pause",
     ) -> Reservation:
         """Leases bytes that the account's next growths are granted from, so that they wait for nobody.
 
@@ -176,15 +181,17 @@ class Account:
             group: grow together with its other members, or not at all: every member reserves with the same
                 group and round, each its own bytes. It takes a broker to bring processes together.
             timeout: seconds others may take to yield, and members to come; None: the arena's `yield_timeout`.
+            rung: the dearest that others are asked for, as for `ElasticKVTensor.ensure`.
 
         Returns:
             What to close when the growth is done, or not wanted any more.
 
         Raises:
             OutOfMemory: it cannot be had, or another member's part cannot; nobody has anything then.
+            InvalidArgument: no such rung.
         """
         name, members, turn = ("", 1, 0) if group is None else (group.name, group.members, group.round)
-        self._core.reserve(parse_bytes(nbytes), self.device.seconds(timeout), name, members, turn)
+        self._core.reserve(parse_bytes(nbytes), self.device.seconds(timeout), rung, name, members, turn)
         return Reservation(self._core)
 
     def note_blocks(self, in_use: int, cached: int, free: int, parked: int) -> None:

@@ -153,9 +153,9 @@ class Arena : public std::enable_shared_from_this<Arena> {
   /// Maps extents at `places` under the grant, for a tenant; the rest of the grant is given back.
   void map(const Lock&, Grant& grant, const std::vector<Place>& places, WriterId writer, Stream stream);
 
-  /// Leases bytes that the account's next growths are then granted from. With a group, together with the
-  /// other members or not at all.
-  void reserve(AccountId id, size_t bytes, Deadline deadline, const Group* group);
+  /// Leases bytes that the account's next growths are then granted from, others asked up to `worst`. With a
+  /// group, together with the other members or not at all.
+  void reserve(AccountId id, size_t bytes, Deadline deadline, Rung worst, const Group* group);
   /// Gives back what is left of it. Returns the bytes.
   size_t unreserve(AccountId id);
 

@@ -85,6 +85,8 @@ Grant Arena::acquire_leased(Lock& lock, AccountId id, size_t bytes, Deadline dea
     lock.lock();
     return answer;
   };
+  // What it asks for beside its unused lease might not fit where the lease alone would do.
+  if (group != nullptr) upstream_->give_back(id, take_lease(id, unused(id)));
   // What is free costs nobody anything; then goes what this account has idle; only then others yield.
   if (const Idle own = idle_of(id); group == nullptr && own.ready + own.pending != 0) {
     if (ask(std::nullopt).taken) return Grant(shared_from_this(), id, bytes);
@@ -147,8 +149,8 @@ void Arena::stop_upstream(bool nothing_left) noexcept {
   upstream_->stop(nothing_left);
 }
 
-void Arena::reserve(AccountId id, size_t bytes, Deadline deadline, const Group* group) {
-  Grant grant = acquire(id, bytes, deadline, Rung::kPause, group);
+void Arena::reserve(AccountId id, size_t bytes, Deadline deadline, Rung worst, const Group* group) {
+  Grant grant = acquire(id, bytes, deadline, worst, group, worst);
   const Lock held = lock();
   tallies_.at(id).reserved += std::exchange(grant.bytes_, 0);
 }

@@ -318,17 +318,21 @@ Grant Arena::acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst, 
     return grant_reserved(id, bytes);
   const Limits limits = ledger_.at(id).limits;
   const auto below = [bytes](size_t limit) { return limit > bytes ? limit - bytes : 0; };
-  if (bytes > limits.max)
+  // What a member of a group may not have is the broker's to say: the others wait for its demand.
+  const bool alone = group == nullptr || !upstream_;
+  if (alone && bytes > limits.max)
     refuse(id, bytes, "that is more than the account's max " + format_bytes(limits.max));
-  if (bytes > ledger_.leasable()) {
+  if (alone && bytes > ledger_.leasable()) {
     refuse(id, bytes, "that is more than all the arena may lease, " + format_bytes(ledger_.leasable()));
   }
   if (ledger_.at(id).held > below(limits.high)) {
     trim_self(lock, id, below(limits.high), std::min(worst, Rung::kEvict), deadline);
   }
   if (group == nullptr && ledger_.grant(id, bytes)) return Grant(shared_from_this(), id, bytes);
-  if (ledger_.at(id).held > below(limits.max)) trim_self(lock, id, below(limits.max), worst, deadline);
-  if (ledger_.at(id).held > below(limits.max)) refuse(id, bytes, "max is " + format_bytes(limits.max));
+  if (bytes <= limits.max && ledger_.at(id).held > below(limits.max))
+    trim_self(lock, id, below(limits.max), worst, deadline);
+  if (alone && ledger_.at(id).held > below(limits.max))
+    refuse(id, bytes, "max is " + format_bytes(limits.max));
 
   if (upstream_) return acquire_leased(lock, id, bytes, deadline, worst, group, others);
   if (group != nullptr && group->members != 1) {

@@ -157,13 +157,14 @@ void bind_arena(py::module_& module) {
           py::arg("bytes"), py::arg("timeout"))
       .def(
           "reserve",
-          [](AccountHandle& self, size_t bytes, double timeout, const std::string& group, uint32_t members,
-             uint64_t round) {
+          [](AccountHandle& self, size_t bytes, double timeout, const std::string& rung,
+             const std::string& group, uint32_t members, uint64_t round) {
             const Group together{group, members, round};
-            self.arena->reserve(self.id, bytes, deadline_in(timeout), group.empty() ? nullptr : &together);
+            self.arena->reserve(self.id, bytes, deadline_in(timeout), rung_from(rung),
+                                group.empty() ? nullptr : &together);
           },
-          py::arg("bytes"), py::arg("timeout"), py::arg("group"), py::arg("members"), py::arg("round"),
-          Unlocked())
+          py::arg("bytes"), py::arg("timeout"), py::arg("rung"), py::arg("group"), py::arg("members"),
+          py::arg("round"), Unlocked())
       .def(
           "unreserve", [](AccountHandle& self) { return self.arena->unreserve(self.id); }, Unlocked())
       .def("limits",

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -19,6 +19,8 @@ from torch_elastic_mem.elastic_kv import ElasticKVTensor
 from torch_elastic_mem.errors import InUseError, InvalidArgument
 from torch_elastic_mem.integrations.vllm import variables
 from torch_elastic_mem.integrations.vllm.compat import Region, Unsupported
+from torch_elastic_mem.integrations.vllm.memory import Resting
+from torch_elastic_mem.integrations.vllm.ranks import Ranks
 from torch_elastic_mem.torch_cuda import account_of_torch
 
 log = logging.getLogger("vllm.torch_elastic_mem")
@@ -33,27 +35,11 @@ BlockTables = dict[str, tuple[list[int], ...]]
 
 _lock = threading.Lock()
 _host: Arena | None = None  # guarded by the lock
-_caches: dict[str, ElasticCache] = {}  # by the engine's instance id; guarded by the lock, like the next
+_caches: dict[
+    str, ElasticCache | Ranks
+] = {}  # by the engine's instance id; guarded by the lock, like the next
 _opened: list[Account] = []  # by open_account
 _left: list[Account] = []  # of these, those whose engine has ended
-
-
-class Resting(Protocol):
-    """Who knows which chunks have memory, and can give up all of them between two steps."""
-
-    @property
-    def away(self) -> bool:
-        """Whether it has."""
-
-    @property
-    def bytes(self) -> int:
-        """What bringing it back takes."""
-
-    def put_away(self) -> None:
-        """Gives all memory back; what it held is lost."""
-
-    def bring_back(self, timeout: float) -> None:
-        """Puts memory under what must never lack it."""
 
 
 class ElasticCache:
@@ -92,12 +78,8 @@ class ElasticCache:
             granularity = account.device.granularity
             self.chunk_blocks = max(1, -(-max(extent, 4 * granularity) // smallest))
             extent = granularity
-        self.num_chunks = -(-num_blocks // self.chunk_blocks)
-        self.chunk_bytes = self.chunk_blocks * self.block_bytes
-        whole = [self.chunk_blocks * region.block_bytes // extent - (not apart) for region in regions]
-        self.freed_bytes = extent * sum(
-            count * region.layers for count, region in zip(whole, regions, strict=True)
-        )
+        self._extent_bytes, self._regions = extent, list(regions)
+        self.set_chunks(self.chunk_blocks)
         self.on_enqueued: Callable[[], None] = lambda: None
         self.on_moved: Callable[[BlockTables], None] = lambda _: None
         self.resting: Resting | None = None
@@ -118,10 +100,42 @@ class ElasticCache:
             self._parts.append((part, region.layers))
             self._free.setdefault(region.bytes, []).extend(tensor.view(-1) for tensor in part.tensors)
 
+    def set_chunks(self, blocks: int) -> None:
+        """Has so many blocks come and go together, no fewer than before; while none has memory."""
+        extent = self._extent_bytes
+        self.chunk_blocks = blocks
+        self.num_chunks = -(-self.num_blocks // blocks)
+        self.chunk_bytes = blocks * self.block_bytes
+        self.freed_bytes = 0
+        for region in self._regions:
+            apart = blocks * region.block_bytes % extent == 0 and (
+                region.layers == 1 or region.block_bytes * self.num_blocks % extent == 0
+            )
+            self.freed_bytes += extent * region.layers * (blocks * region.block_bytes // extent - (not apart))
+
+    def bytes_under(self, chunks: Iterable[int]) -> int:
+        """The most that memory under these chunks takes: all extents that they touch."""
+        extent, size, end = self._extent_bytes, self.chunk_blocks, self.num_blocks
+        runs = [(chunk * size, min((chunk + 1) * size, end)) for chunk in chunks]
+        total = 0
+        for region in self._regions:
+            touched: set[int] = set()
+            for layer in range(region.layers):
+                for first, last in runs:
+                    start, stop = ((layer * end + block) * region.block_bytes for block in (first, last))
+                    touched.update(range(start // extent, -(-stop // extent)))
+            total += len(touched) * extent
+        return total
+
     def _extent(self, pieces: int) -> int:
         granularity = self.account.device.granularity
         wanted = min(EXTENT // pieces, self.num_blocks * self.block_bytes // pieces // PIECES)
         return max(granularity, 1 << max(wanted, 1).bit_length() - 1)
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether a block's bytes of all layers lie together."""
+        return len(self._regions) == self._regions[0].layers == 1
 
     @contextmanager
     def handed_out(self) -> Iterator[None]:
@@ -149,8 +163,11 @@ class ElasticCache:
 
     def use_stream(self) -> None:
         """The calling thread's current stream is the one whose work touches the cache from now on."""
-        if self.account.device.backend == "cuda":
+        if self.account.device.backend == "cuda" and torch.cuda.is_available():
             self._stream = torch.cuda.current_stream()
+
+    def number(self, step: Any) -> None:
+        """The worker, in this process, says when the stream has a step's work; it needs no number."""
 
     def ensure(self, chunks: Iterable[int], rung: str = "pause", timeout: float | None = None) -> None:
         """Puts memory under all of the chunks or none; others are asked for it up to the rung.
@@ -270,14 +287,14 @@ def _close_left() -> None:
             _opened.remove(account)
 
 
-def keep(engine: str, cache: ElasticCache) -> None:
-    """Has the engine's scheduler find the cache that its worker made in this process."""
+def keep(engine: str, cache: ElasticCache | Ranks) -> None:
+    """Has the engine's scheduler find the cache that its worker made in this process, or its ranks."""
     with _lock:
         _caches[engine] = cache
 
 
-def find(engine: str) -> ElasticCache | None:
-    """The cache that the engine's worker made, if it was made elastic."""
+def find(engine: str) -> ElasticCache | Ranks | None:
+    """What the engine's scheduler orders the memory of, if it was made elastic."""
     with _lock:
         return _caches.get(engine)
 
@@ -286,7 +303,7 @@ def forget(engine: str) -> None:
     """The engine has been shut down. The account that was opened for it goes when its tensors have gone."""
     with _lock:
         cache = _caches.pop(engine, None)
-        if cache is not None and cache.account in _opened:
+        if isinstance(cache, ElasticCache) and cache.account in _opened:
             _left.append(cache.account)
     del cache
     _close_left()

@@ -23,8 +23,9 @@ Facts, each read in the release's wheel:
 * `SimpleCPUOffloadConnector` copies on streams of its own, and holds a reference to a block until the copy
   has ended. `OffloadingConnector` holds none: it orders its copy of a request's last blocks in the step after
   they were freed, and waits for copies only before vLLM hands such a block out again.
-* Output in flight of a preempted request: up to 0.28 the scheduler counts what to discard on the request;
-  later `_preempt_request` takes `drop_stale_output`.
+* Output in flight of a preempted request: up to 0.28 the asynchronous scheduler counts what to discard on the
+  request, and the other one, which has steps in flight in a pipeline, delivers it; later `_preempt_request`
+  takes `drop_stale_output` for both.
 * All that keeps a block from step to step in the scheduler keeps the object, not its number. By number it is
   known in `BlockPool.blocks`, in the map of cached blocks where two have one content, in
   `cached_block_hashes_by_block`, in the sampled metrics, to KV connectors, and where routed experts are
@@ -201,8 +202,6 @@ def unmovable(scheduler: Any) -> str | None:
     kinds = {type(group.kv_cache_spec).__name__ for group in scheduler.kv_cache_config.kv_cache_groups}
     if others := kinds - MOVABLE:
         return f"it has layers of another kind, {', '.join(sorted(others))}"
-    if config.parallel_config.world_size > 1:
-        return "its runners are in other processes"
     if config.speculative_config is not None:
         return "it decodes speculatively"
     if config.kv_transfer_config is not None:
@@ -267,6 +266,19 @@ def write_tables(runner: Any, tables: Mapping[str, tuple[list[int], ...]]) -> No
             runner.requests[request].block_ids = blocks
         if (row := runner.input_batch.req_id_to_index.get(request)) is not None:
             runner.input_batch.block_table.add_row(blocks, row)
+
+
+def other_ranks(parallel: Any) -> str | None:
+    """Why an engine's ranks cannot be served, if they are spread in a way that is not known here."""
+    if parallel.data_parallel_size > 1:
+        return "data parallel ranks are not served yet"
+    if parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1:
+        return "context parallel ranks are not served yet"
+    if parallel.nnodes > 1:
+        return "its ranks are on several machines"
+    if parallel.pipeline_parallel_size > 1 and release() == "0.26":
+        return "this release may count a preempted request's output twice where steps follow in a pipeline"
+    return None
 
 
 def other_sleep(model_config: Any) -> str | None:

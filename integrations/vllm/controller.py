@@ -27,8 +27,8 @@ from functools import partial
 
 from torch_elastic_mem.errors import InUseError
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
-from torch_elastic_mem.integrations.vllm.cache import ElasticCache
 from torch_elastic_mem.integrations.vllm.grower import Grower
+from torch_elastic_mem.integrations.vllm.memory import EngineMemory
 from torch_elastic_mem.integrations.vllm.mover import Mover
 from torch_elastic_mem.integrations.vllm.teller import Teller
 
@@ -62,7 +62,7 @@ class Controller:
     """
 
     def __init__(
-        self, cache: ElasticCache, balloon: Balloon, preempt: Callable[[], bool], running: Callable[[], int]
+        self, cache: EngineMemory, balloon: Balloon, preempt: Callable[[], bool], running: Callable[[], int]
     ) -> None:
         self.lock = threading.RLock()
         self.balloon = balloon

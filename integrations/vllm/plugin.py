@@ -56,13 +56,16 @@ def choose_classes(config: Any) -> None:
         Unsupported: the engine is configured in a way that is not served; nothing was changed.
     """
     parallel, scheduling = config.parallel_config, config.scheduler_config
-    if parallel.world_size > 1 or parallel.data_parallel_size > 1:
-        raise compat.Unsupported("more than one rank is not served yet")
+    ranks = parallel.world_size > 1
+    if reason := compat.other_ranks(parallel):
+        raise compat.Unsupported(reason)
     worker = WORKERS.get(parallel.worker_cls)
     if worker is None:
         raise compat.Unsupported(f"it has a worker class of its own, {parallel.worker_cls}")
     if scheduling.scheduler_cls is not None:
         raise compat.Unsupported(f"it has a scheduler class of its own, {scheduling.scheduler_cls}")
+    if config.model_config.enable_sleep_mode and ranks:
+        raise compat.Unsupported("an engine of several ranks does not sleep yet")
     if config.model_config.enable_sleep_mode and (reason := compat.other_sleep(config.model_config)):
         raise compat.Unsupported(reason)
     if reason := compat.other_connector(config.kv_transfer_config):
@@ -70,9 +73,9 @@ def choose_classes(config: Any) -> None:
     if config.model_config.runner_type == "pooling":
         raise compat.Unsupported("a pooling model keeps no KV cache")
     # The CPU engine puts even a single worker in a process of its own; ours shares one with the scheduler.
-    if parallel.distributed_executor_backend not in ("uni", "mp", None):
+    if parallel.distributed_executor_backend not in (("mp",) if ranks else ("uni", "mp", None)):
         raise compat.Unsupported(f"its workers are started by {parallel.distributed_executor_backend}")
-    parallel.distributed_executor_backend = "uni"
+    parallel.distributed_executor_backend = f"{HERE}.executor.ElasticExecutor" if ranks else "uni"
     parallel.worker_cls = worker
     scheduling.scheduler_cls = (
         f"{HERE}.scheduler.{'ElasticAsyncScheduler' if scheduling.async_scheduling else 'ElasticScheduler'}"

@@ -53,7 +53,9 @@ class Elastic(Base):
             self._preempt_last,
             self._running_blocks,
         )
-        self.elastic.mover = self._mover(cache)
+        if isinstance(cache, ElasticCache):
+            self.elastic.mover = self._mover(cache)
+        self._memory = cache
         self._ahead = ahead - 1
         specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
         self._block_sizes = [spec.block_size for spec in specs]
@@ -66,6 +68,7 @@ class Elastic(Base):
             with self._admissions():
                 output = super().schedule(*args, **kwargs)
             self.elastic.step_scheduled()
+            self._memory.number(output)
             return output
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +118,7 @@ class Elastic(Base):
         self.elastic.reconsider()
 
     def shutdown(self) -> None:
-        """As vLLM's. The worker has been shut down before, and runs no step any more."""
+        """As vLLM's. The workers have been shut down before, and run no step any more."""
         self.elastic.close()
         forget(self.vllm_config.instance_id)
         super().shutdown()

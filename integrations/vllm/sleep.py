@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from torch_elastic_mem.account import Account
     from torch_elastic_mem.arena import Arena
-    from torch_elastic_mem.integrations.vllm.cache import ElasticCache, Resting
+    from torch_elastic_mem.integrations.vllm.cache import ElasticCache
+    from torch_elastic_mem.integrations.vllm.memory import Resting
 
 log = logging.getLogger("vllm.torch_elastic_mem")
 

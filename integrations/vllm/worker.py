@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
+from torch_elastic_mem.account import Group
 from torch_elastic_mem.errors import InUseError
-from torch_elastic_mem.integrations.vllm import compat
+from torch_elastic_mem.integrations.vllm import compat, line
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache, arena_of, keep, open_account
+from torch_elastic_mem.integrations.vllm.rank import Rank
 from torch_elastic_mem.integrations.vllm.sleep import Sleep
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ class Elastic(Base):
     elastic_account: Account
     elastic_cache: ElasticCache | None = None
     elastic_sleep: Sleep | None = None
+    elastic_rank: Rank | None = None
 
     def open_elastic_account(self, nbytes: int | None) -> Arena:
         """Opens the account that the KV cache is charged to, and in sleep mode the weights.
@@ -56,15 +60,11 @@ class Elastic(Base):
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Makes the KV cache, with memory under as many blocks as one step may use."""
-        try:
-            compat.require_known_layers(kv_cache_config)
-            compat.make_block_major(kv_cache_config)
-            regions = compat.regions(kv_cache_config)
-        except compat.Unsupported as reason:
-            log.warning("torch_elastic_mem leaves this engine's KV cache alone: %s", reason)
+        ranks = self.vllm_config.parallel_config.world_size > 1
+        cache = self._among_ranks(kv_cache_config) if ranks else self._new_cache(kv_cache_config)
+        if cache is None:
             super().initialize_from_config(kv_cache_config)
             return
-        cache = ElasticCache(self.elastic_account, kv_cache_config.num_blocks, regions)
         cache.use_stream()
         # The warm-up that follows runs a step of full size over the first blocks, and graphs are captured
         # over block 0.
@@ -82,11 +82,45 @@ class Elastic(Base):
             cache.account,
             cache.num_chunks,
             cache.chunk_bytes >> 20,
-            "block after block" if len(regions) == regions[0].layers == 1 else "layer after layer",
+            "block after block" if cache.whole_blocks else "layer after layer",
         )
+
+    def _new_cache(self, kv_cache_config: Any) -> ElasticCache | None:
+        """The cache, without memory; None if it cannot be elastic."""
+        try:
+            compat.require_known_layers(kv_cache_config)
+            compat.make_block_major(kv_cache_config)
+            regions = compat.regions(kv_cache_config)
+        except compat.Unsupported as reason:
+            log.warning("torch_elastic_mem leaves this engine's KV cache alone: %s", reason)
+            return None
+        return ElasticCache(self.elastic_account, kv_cache_config.num_blocks, regions)
+
+    def _among_ranks(self, kv_cache_config: Any) -> ElasticCache | None:
+        """The same, its chunks those of all ranks; None if one of them cannot be elastic."""
+        caller = line.call(os.environ[line.PLACE])
+        try:
+            cache = self._new_cache(kv_cache_config)
+            blocks = (0, 0) if cache is None else (cache.num_blocks, cache.chunk_blocks)
+            caller.send(line.Hello(self.rank, *blocks))
+            welcome = caller.receive()
+        except BaseException:
+            caller.close()  # or the other ranks wait for this one's answer
+            raise
+        assert isinstance(welcome, line.Welcome)
+        if cache is None or welcome.chunk_blocks == 0:
+            caller.close()
+            return None
+        cache.set_chunks(welcome.chunk_blocks)
+        broker = self.elastic_arena.broker
+        group = None if broker is None else Group(welcome.group, welcome.members)
+        self.elastic_rank = Rank(cache, caller, group)
+        return cache
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """As vLLM's. Without an output yet, sampling follows, which may run a draft model over the cache."""
+        if self.elastic_rank is not None:
+            self.elastic_rank.step_begins(scheduler_output.elastic_step)
         output = super().execute_model(scheduler_output)
         if output is not None and self.elastic_cache is not None:
             self.elastic_cache.on_enqueued()
@@ -102,6 +136,8 @@ class Elastic(Base):
     def shutdown(self) -> None:
         """As vLLM's."""
         super().shutdown()
+        if self.elastic_rank is not None:
+            self.elastic_rank.close()
         if self.elastic_cache is not None:
             # Who has a view of the cache has not the model too.
             self.elastic_cache.on_moved = lambda _: None

@@ -13,6 +13,7 @@ from tests.client.conftest import Opened
 from tests.client.scripted import MiB, Scripted
 from tests.rungs import Rung
 from torch_elastic_mem.broker.protocol import (
+    EVICT,
     FREE_ONLY,
     OUT_OF_MEMORY,
     PAUSE,
@@ -203,6 +204,42 @@ def test_a_group_is_named_in_the_demand_and_the_growth_after_it_costs_none(
     (demand,) = broker.got(Demand)
     assert (demand.group, demand.members, demand.round) == ("tp", 2, 7)
     assert account.held == 8 * MiB
+
+
+def test_a_reservation_asks_others_no_dearer_than_it_says(opened: Opened, broker: Scripted) -> None:
+    account, _ = opened()
+    account.reserve("8MiB", group=tem.Group("tp", 2), rung="evict")
+    account.reserve("8MiB", group=tem.Group("tp", 2, round=1))
+    assert [demand.rung for demand in broker.got(Demand)] == [EVICT, PAUSE]
+    with pytest.raises(tem.InvalidArgument, match="unknown rung"):
+        account.reserve("8MiB", rung="never")
+
+
+def test_a_member_of_a_group_gives_its_unused_lease_back_before_it_asks_for_all(
+    opened: Opened, broker: Scripted
+) -> None:
+    account, number = opened(max="8MiB")
+    memory = account.range("8MiB", extent="2MiB")
+    memory.grow("8MiB")
+    memory.shrink("2MiB")
+    before = len(broker.await_count(Return, 1))  # of what is more than an account keeps
+    unused = broker.charged[number] - account.held
+    assert unused > 0
+    account.reserve("2MiB", group=tem.Group("tp", 2))
+    assert [message.bytes for message in broker.got(Return)[before:]] == [unused]
+    assert broker.charged[number] == account.held == 8 * MiB
+
+
+def test_the_other_members_hear_of_one_that_may_not_have_so_much(opened: Opened, broker: Scripted) -> None:
+    def deny(demand: Demand) -> Message:
+        return Denied(OUT_OF_MEMORY, "its max is 8 MiB")
+
+    broker.policy = deny
+    account, _ = opened(max="8MiB")
+    for wanted in ("10MiB", "1GiB"):
+        with pytest.raises(tem.OutOfMemory, match="its max is 8 MiB"):
+            account.reserve(wanted, group=tem.Group("tp", 2))
+    assert len(broker.got(Demand)) == 2, "the broker is asked, and tells them"
 
 
 def test_a_reservation_that_is_not_used_goes_back(arena: tem.Arena, opened: Opened, broker: Scripted) -> None:

@@ -77,6 +77,7 @@ def confine(arena: Any, cache: Any) -> None:
     """On a GPU the arena has all of the device: what others take is to be the cache's memory."""
     if arena.backend == "cuda":
         size = cache.num_blocks * cache.block_bytes
+        arena.set_reserve(0, 0)
         arena.set_capacity(-(-size // arena.granularity) * arena.granularity)
 
 
@@ -261,6 +262,7 @@ def sleeping(llm: Any) -> None:
     told: dict[str, Any] = {"tokens": [tokens(llm, 1, 8)], "weights": weights.bytes}
     told["model"] = sum(each.nbytes for each in worker.model_runner.get_model().parameters())
     # The host backend takes what is taken of it.
+    arena.set_reserve(0, 0)
     arena.set_capacity(account.held + 32 * MiB)
     llm.sleep(level=1)
     told["asleep"] = account.held

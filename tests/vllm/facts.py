@@ -25,9 +25,15 @@ def facts(scenario: str, shape: str = "tiny", program: str = "tests.vllm.engine"
 class Apart:
     """An engine whose core is a process of its own, under a broker."""
 
-    def __init__(self, service: Service, scenario: str = "apart") -> None:
+    def __init__(
+        self,
+        service: Service,
+        scenario: str = "apart",
+        program: str = "tests.vllm.engine",
+        how: str = "tiny",
+    ) -> None:
         self.service = service
-        self.program = start("-m", "tests.vllm.engine", scenario, "tiny", TEM_BROKER=str(service.path))
+        self.program = start("-m", program, scenario, how, TEM_BROKER=str(service.path))
 
     def fact(self) -> Any:
         assert self.program.stdout is not None

@@ -223,3 +223,30 @@ def test_an_engine_that_has_ended_leaves_its_name_when_its_tensors_have_gone(hos
     gc.collect()
     assert module.open_account(host).name == "vllm"
     module.forget("a")
+
+
+def test_more_neighbours_may_come_and_go_together_than_share_extents() -> None:
+    cache = cache_of(32, region(32, 1 * MiB))
+    cache.set_chunks(6)
+    assert (cache.chunk_blocks, cache.num_chunks, cache.chunk_bytes) == (6, 6, 6 * MiB)
+    assert cache.freed_bytes == 3 * GRANULE
+    cache.ensure([1, 5])
+    assert residents(cache) == {*range(6, 12), 30, 31}
+
+
+@pytest.mark.parametrize("chunks", [[0], [2], [1, 2], [0, 3, 4]])
+@pytest.mark.parametrize(
+    "regions",
+    [
+        [region(40, 1 * MiB)],
+        [region(40, 300 * KiB)],
+        [region(40, 300 * KiB, layers=3)],
+        [region(40, 1 * MiB), region(40, 1 * MiB), region(40, 512 * KiB)],
+    ],
+)
+def test_what_memory_under_chunks_takes_is_known_before(regions: list[Region], chunks: list[int]) -> None:
+    cache = cache_of(40, *regions)
+    chunks = [chunk for chunk in chunks if chunk < cache.num_chunks]
+    wanted = cache.bytes_under(chunks)
+    cache.ensure(chunks)
+    assert cache.resident_bytes == cache.account.held == wanted

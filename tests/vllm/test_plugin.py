@@ -22,6 +22,7 @@ from torch_elastic_mem.integrations.vllm import compat, plugin
 from torch_elastic_mem.integrations.vllm.compat import Unsupported
 
 GPU, CPU = plugin.WORKERS
+EXECUTOR = f"{plugin.HERE}.executor.ElasticExecutor"
 SCHEDULERS = [f"{plugin.HERE}.scheduler.{name}" for name in ("ElasticScheduler", "ElasticAsyncScheduler")]
 
 
@@ -29,12 +30,26 @@ def config(worker: str = CPU, *, asynchronous: bool = False) -> Any:
     """A configuration that is served, with what is looked at of it."""
     return SimpleNamespace(
         parallel_config=SimpleNamespace(
-            world_size=1, data_parallel_size=1, worker_cls=worker, distributed_executor_backend="uni"
+            world_size=1,
+            data_parallel_size=1,
+            pipeline_parallel_size=1,
+            prefill_context_parallel_size=1,
+            decode_context_parallel_size=1,
+            nnodes=1,
+            worker_cls=worker,
+            distributed_executor_backend="uni",
         ),
         scheduler_config=SimpleNamespace(scheduler_cls=None, async_scheduling=asynchronous),
         model_config=SimpleNamespace(enable_sleep_mode=False, runner_type="generate"),
         kv_transfer_config=None,
     )
+
+
+def ranks(*, asynchronous: bool = False) -> Any:
+    """Two, on GPUs of one machine."""
+    made = config(GPU, asynchronous=asynchronous)
+    made.parallel_config.world_size, made.parallel_config.distributed_executor_backend = 2, "mp"
+    return made
 
 
 def sleeping(backend: str = "cumem", **more: Any) -> Any:
@@ -95,8 +110,10 @@ def test_one_rank_gets_our_worker_beside_our_scheduler(
 @pytest.mark.parametrize(
     ("path", "value", "why"),
     [
-        ("parallel_config.world_size", 2, "more than one rank"),
-        ("parallel_config.data_parallel_size", 2, "more than one rank"),
+        ("parallel_config.data_parallel_size", 2, "data parallel"),
+        ("parallel_config.prefill_context_parallel_size", 2, "context parallel"),
+        ("parallel_config.decode_context_parallel_size", 2, "context parallel"),
+        ("parallel_config.nnodes", 2, "several machines"),
         ("parallel_config.worker_cls", "mine.Worker", "a worker class of its own, mine.Worker"),
         ("parallel_config.worker_cls", plugin.WORKERS[CPU], "a worker class of its own"),
         ("parallel_config.distributed_executor_backend", "ray", "started by ray"),
@@ -116,6 +133,45 @@ def test_what_is_not_served_is_left_as_it_is(path: str, value: object, why: str)
     with pytest.raises(Unsupported, match=why):
         plugin.choose_classes(made)
     assert made == before
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_several_ranks_get_our_executor_too(asynchronous: bool) -> None:
+    made = ranks(asynchronous=asynchronous)
+    plugin.choose_classes(made)
+    assert chosen(made) == (plugin.WORKERS[GPU], SCHEDULERS[asynchronous], EXECUTOR)
+
+
+@pytest.mark.parametrize("backend", ["ray", "external_launcher", "uni", None])
+def test_ranks_that_others_start_are_left_alone(backend: str | None) -> None:
+    made = ranks()
+    made.parallel_config.distributed_executor_backend = backend
+    with pytest.raises(Unsupported, match=f"started by {backend}"):
+        plugin.choose_classes(made)
+    assert chosen(made) == (GPU, None, backend)
+
+
+def test_ranks_do_not_sleep_yet() -> None:
+    made = ranks()
+    made.model_config = sleeping()
+    with pytest.raises(Unsupported, match="several ranks does not sleep"):
+        plugin.choose_classes(made)
+    assert chosen(made) == (GPU, None, "mp")
+
+
+@pytest.mark.parametrize(("version", "served"), [("0.26.0", False), ("0.32.0", True), ("0.33.0", True)])
+def test_a_pipeline_is_served_where_what_is_in_flight_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, version: str, served: bool
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    made = ranks()
+    made.parallel_config.pipeline_parallel_size = 2
+    if served:
+        plugin.choose_classes(made)
+    else:
+        with pytest.raises(Unsupported, match="follow in a pipeline"):
+            plugin.choose_classes(made)
+    assert (chosen(made)[0] == plugin.WORKERS[GPU]) == served
 
 
 @pytest.mark.parametrize("model", [sleeping(), sleeping(sleep_mode_offload_cudagraph=False)])
@@ -215,7 +271,7 @@ def test_registering_twice_wraps_once(engine_args: list[Any]) -> None:
     assert EngineArgs.create_engine_config is wrapped
 
 
-@pytest.mark.parametrize("path", [*plugin.WORKERS, *plugin.WORKERS.values(), *SCHEDULERS])
+@pytest.mark.parametrize("path", [*plugin.WORKERS, *plugin.WORKERS.values(), *SCHEDULERS, EXECUTOR])
 def test_every_class_that_is_named_is_there(path: str) -> None:
     module, name = path.rsplit(".", 1)
     try:

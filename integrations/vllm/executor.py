@@ -1,0 +1,68 @@
+"""vLLM's executor of several processes, whose ranks meet their scheduler beside vLLM's own queues."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import Any
+
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+from torch_elastic_mem.integrations.vllm import line
+from torch_elastic_mem.integrations.vllm.cache import keep
+from torch_elastic_mem.integrations.vllm.ranks import Ranks
+
+log = logging.getLogger("vllm.torch_elastic_mem")
+
+
+class ElasticExecutor(MultiprocExecutor):
+    """vLLM's, over ranks whose KV caches lie on arenas."""
+
+    elastic_door: line.Door | None = None
+    elastic_ranks: Ranks | None = None
+
+    def _init_executor(self) -> None:
+        # No thread is started before the ranks are: they may be forked.
+        self.elastic_door = line.Door()
+        os.environ[line.PLACE] = str(self.elastic_door.path)
+        try:
+            super()._init_executor()
+        except BaseException:
+            self.elastic_door.close()
+            raise
+        finally:
+            del os.environ[line.PLACE]
+
+    def initialize_from_config(self, kv_cache_configs: list[Any]) -> Any:
+        """As vLLM's, while the ranks agree on what comes and goes together."""
+        assert self.elastic_door is not None
+        ranks = self.elastic_ranks = Ranks(self.world_size)
+        meeting = threading.Thread(target=self._meet, args=(ranks, self.elastic_door), name="tem-meet")
+        meeting.start()
+        try:
+            done = super().initialize_from_config(kv_cache_configs)
+        finally:
+            self.elastic_door.close()
+            meeting.join()
+        if ranks.elastic:
+            keep(self.vllm_config.instance_id, ranks)
+        return done
+
+    def shutdown(self) -> None:
+        """As vLLM's."""
+        super().shutdown()
+        if self.elastic_door is not None:
+            self.elastic_door.close()
+        if self.elastic_ranks is not None:
+            self.elastic_ranks.close()
+
+    @staticmethod
+    def _meet(ranks: Ranks, door: line.Door) -> None:
+        try:
+            ranks.meet(door)
+        except (OSError, EOFError):
+            # The others wait for an answer; without one each of them fails, and the engine does not start.
+            log.warning("not all ranks have come to agree on their memory")
+            door.close()
+            ranks.close()

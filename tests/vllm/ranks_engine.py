@@ -1,0 +1,139 @@
+"""The real engine with two ranks: `python -m tests.vllm.ranks_engine SCENARIO SPLIT`, as `tests.vllm.engine`.
+
+The scheduler is in this process, and each rank is a process of its own: what is to happen there goes to it as
+a function.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.vllm.engine import Pressing, engine, fact, tokens
+from torch_elastic_mem.integrations.vllm.grower import REST
+
+SPLITS = {"tensor": {"tensor_parallel_size": 2}, "pipeline": {"pipeline_parallel_size": 2}}
+
+
+def on_ranks(llm: Any, fn: Callable[[Any], Any]) -> list[Any]:
+    """What the function says of each rank's worker."""
+    core = llm.llm_engine.engine_core.engine_core
+    return list(core.model_executor.collective_rpc(lambda wrapper: fn(wrapper.worker)))
+
+
+def prepare(worker: Any) -> None:
+    """The CPU engine makes these where a graph is captured, and it captures none."""
+    from vllm.distributed.parallel_state import get_pp_group
+
+    runner = worker.model_runner
+    if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
+
+
+def resident(worker: Any) -> int:
+    return int(worker.elastic_cache.resident_bytes)
+
+
+def chunks(worker: Any) -> list[int]:
+    """Those that have memory."""
+    cache = worker.elastic_cache
+    part, _ = cache._parts[0]
+    size = cache.chunk_blocks
+    return [
+        chunk
+        for chunk in range(cache.num_chunks)
+        if all(
+            part.is_resident(block)
+            for block in range(chunk * size, min((chunk + 1) * size, cache.num_blocks))
+        )
+    ]
+
+
+def press(worker: Any) -> None:
+    worker.pressing = Pressing(worker).__enter__()
+
+
+def relieve(worker: Any) -> dict[str, Any]:
+    other = worker.pressing
+    other.__exit__()
+    return {"met": other.met, "least": other.least, "quarter": other.arena.capacity // 4}
+
+
+def plain(llm: Any) -> None:
+    fact("scheduler", type(llm.llm_engine.engine_core.engine_core.scheduler).__name__)
+    fact("tokens", [tokens(llm, 1, 20), tokens(llm, 2, 10), tokens(llm, 3, 10)])
+
+
+def squeezed(llm: Any) -> None:
+    """Somebody on each rank's arena, at times of their own; then on one alone, while the engine is idle."""
+    core = llm.llm_engine.engine_core.engine_core
+    fact("scheduler", type(core.scheduler).__name__)
+    fact("resident at first", on_ranks(llm, resident))
+    on_ranks(llm, press)
+    first = tokens(llm, 1, 20)
+    fact("pressed", on_ranks(llm, relieve))
+    fact("chunks after", [*on_ranks(llm, chunks), core.scheduler.elastic.balloon.resident()])
+    fact("kept when nobody asks", on_ranks(llm, resident))
+
+    def take_all_on_one(worker: Any) -> int:
+        if worker.rank == 1:
+            room = worker.pressing.arena.capacity - worker.elastic_cache.chunk_bytes
+            worker.pressing.range.grow(room, timeout=10.0)
+        return int(worker.elastic_cache.chunk_bytes)
+
+    fact("chunk", on_ranks(llm, take_all_on_one))
+    fact("kept when one asks", on_ranks(llm, resident))
+
+    def refuse_one(worker: Any) -> None:
+        if worker.rank == 1:
+            worker.pressing.range.shrink(worker.pressing.range.mapped)
+            worker.elastic_account.set_limits(max=worker.elastic_cache.resident_bytes)
+
+    on_ranks(llm, refuse_one)
+    core.scheduler.elastic.grower.refusals = 0
+    second = tokens(llm, 2, 10)
+    core.scheduler.elastic.grower.settle(60.0)
+    fact("under one's limit", on_ranks(llm, resident))
+    fact("refusals", core.scheduler.elastic.grower.refusals)
+    fact("chunks under it", [*on_ranks(llm, chunks), core.scheduler.elastic.balloon.resident()])
+    on_ranks(llm, lambda worker: worker.elastic_account.set_limits(max="max"))
+    time.sleep(REST)
+    third = tokens(llm, 3, 10)
+    fact("grown again", on_ranks(llm, resident))
+    fact("tokens", [first, second, third])
+
+
+def shared(llm: Any) -> None:
+    """Two tenants of one broker; a line on stdin says when to go on."""
+    first = tokens(llm, 1, 20)
+    fact("tokens", first)
+    fact("resident", on_ranks(llm, resident))
+    fact("processes", on_ranks(llm, lambda worker: os.getpid()))
+    sys.stdin.readline()
+    fact("resident after", on_ranks(llm, resident))
+    fact("tokens again", [tokens(llm, 2, 10), tokens(llm, 3, 10)])
+    fact("chunks", on_ranks(llm, chunks))
+
+
+def main() -> None:
+    scenario, split = sys.argv[1:]
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    os.environ["TEM_ENABLE"] = "0" if scenario == "plain" else "1"
+    os.dup2(2, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        llm = engine(Path(folder), "tiny", **SPLITS[split])
+        on_ranks(llm, prepare)
+        globals()[scenario](llm)
+        llm.llm_engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    main()

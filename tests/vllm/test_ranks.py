@@ -1,0 +1,359 @@
+"""Ranks grow together or not at all, give up the same chunks, and each behind its own stream's work."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch_elastic_mem as tem
+from tests.arena.watch import comes_true
+from tests.broker.service import Service
+from tests.rungs import Rung
+from tests.vllm.small_ranks import BLOCKS, CHUNK, Engine, MiB, engine_on, together
+from torch_elastic_mem.broker.control import ControlClient
+from torch_elastic_mem.integrations.vllm import line
+from torch_elastic_mem.integrations.vllm.ranks import Ranks
+
+ALL = BLOCKS * MiB
+Made = Callable[..., Engine]
+
+
+@pytest.fixture
+def made() -> Iterator[list[Engine]]:
+    engines: list[Engine] = []
+    yield engines
+    for each in engines:
+        each.close()
+
+
+@pytest.fixture
+def engine(rung: Rung, made: list[Engine]) -> Engine:
+    """Both ranks have room for all."""
+    made.append(engine_on(rung, ALL, ALL))
+    return made[-1]
+
+
+def test_what_grows_has_memory_on_every_rank(engine: Engine) -> None:
+    engine.ranks.ensure([1, 5])
+    assert engine.chunks() == [[1, 5], [1, 5]]
+
+
+def test_where_one_rank_is_refused_none_grows(rung: Rung, made: list[Engine]) -> None:
+    made.append(engine_on(rung, ALL, 2 * CHUNK))
+    ranks = made[-1].ranks
+    ranks.ensure([1])
+    with pytest.raises(tem.OutOfMemory, match="rank 1 of 2 was refused, so none grows"):
+        ranks.ensure([2, 3])
+    assert comes_true(lambda: made[-1].chunks() == [[1], [1]])
+    ranks.ensure([2])
+    assert made[-1].chunks() == [[1, 2], [1, 2]]
+
+
+def test_an_idle_engine_gives_at_once(engine: Engine) -> None:
+    engine.ranks.ensure([1, 2])
+    engine.release(1)
+    assert comes_true(lambda: engine.chunks() == [[2], [2]])
+
+
+def test_memory_goes_on_each_rank_when_its_own_stream_has_the_step(engine: Engine) -> None:
+    first, second = engine.ones
+    engine.ranks.ensure([1, 2])
+    number = engine.schedule()
+    engine.release(1)
+    first.step(number)
+    assert comes_true(lambda: first.chunks() == [2])
+    second.step(number, enqueued=False)
+    assert second.chunks() == [1, 2]
+    second.rank.step_enqueued()
+    assert second.chunks() == [2]
+
+
+def test_of_several_steps_in_flight_the_last_is_waited_for(engine: Engine) -> None:
+    first, _ = engine.ones
+    engine.ranks.ensure([1])
+    one, two = engine.schedule(), engine.schedule()
+    engine.release(1)
+    engine.schedule()
+    first.step(one)
+    first.step(two, enqueued=False)
+    assert first.chunks() == [1]
+    first.rank.step_enqueued()
+    assert first.chunks() == []
+
+
+def test_a_step_that_begins_says_that_those_before_are_on_the_stream(engine: Engine) -> None:
+    first, _ = engine.ones
+    engine.ranks.ensure([1])
+    number = engine.schedule()
+    engine.release(1)
+    first.step(number, enqueued=False)
+    assert first.chunks() == [1]
+    first.step(engine.schedule(), enqueued=False)
+    assert first.chunks() == []
+
+
+def test_a_chunk_that_is_to_come_again_goes_first(engine: Engine) -> None:
+    engine.ranks.ensure([1])
+    number = engine.schedule()
+    engine.release(1)
+    growing = threading.Thread(target=engine.ranks.ensure, args=([1],))
+    growing.start()
+    assert comes_true(lambda: engine.ones[0].rank._growths.empty() and growing.is_alive())
+    for each in engine.ones:
+        each.step(number)
+    growing.join()
+    assert engine.chunks() == [[1], [1]]
+    engine.release(1)
+    assert comes_true(lambda: engine.chunks() == [[], []]), "no release is left that takes it later"
+
+
+def test_a_step_that_is_numbered_need_not_be_waited_for(engine: Engine) -> None:
+    told: list[int] = []
+    engine.ranks.on_enqueued = lambda: told.append(1)
+    engine.schedule()
+    assert told == [1]
+
+
+def gives(engine: Engine, asked: list[float]) -> Callable[[int, float], None]:
+    """A scheduler all of whose chunks have memory, and that gives the last first."""
+    engine.ranks.ensure(range(BLOCKS // 2))
+    left = list(range(BLOCKS // 2))
+
+    def give(nbytes: int, timeout: float) -> None:
+        asked.append(nbytes)
+        engine.ranks.release([left.pop() for _ in range(-(-nbytes // engine.ranks.freed_bytes))])
+
+    return give
+
+
+def test_a_demand_on_one_rank_is_met_by_all(engine: Engine) -> None:
+    first, second = engine.ones
+    asked: list[float] = []
+    engine.ranks.account.on_reclaim(gives(engine, asked), "evict")
+    assert comes_true(lambda: len(second.rank._reclaimers) == 1)
+    memory = second.pressing()
+    memory.grow(3 * CHUNK, timeout=60)
+    assert asked == [3]
+    kept = list(range(BLOCKS // 2 - 3))
+    assert second.chunks() == kept
+    assert comes_true(lambda: first.chunks() == kept)
+
+
+def test_a_demand_waits_for_what_goes_behind_a_step(engine: Engine) -> None:
+    first, _ = engine.ones
+    engine.ranks.on_reclaim(gives(engine, []), "evict")
+    assert comes_true(lambda: len(first.rank._reclaimers) == 1)
+    number = engine.schedule()
+    memory = first.pressing()
+    growing = threading.Thread(target=memory.grow, args=(CHUNK,), kwargs={"timeout": 60})
+    growing.start()
+    assert comes_true(lambda: len(first.rank._due) == 1)
+    assert growing.is_alive()
+    first.step(number)
+    growing.join()
+    assert memory.mapped == CHUNK
+
+
+def test_ranks_that_are_asked_at_once_give_the_same_bytes(engine: Engine) -> None:
+    first, second = engine.ones
+    asked: list[float] = []
+    give, both = gives(engine, asked), threading.Event()
+
+    def give_when_both_have_asked(nbytes: int, timeout: float) -> None:
+        assert both.wait(60)
+        give(nbytes, timeout)
+
+    engine.ranks.on_reclaim(give_when_both_have_asked, "evict")
+
+    def let_on() -> None:
+        comes_true(lambda: bool(first.rank._open and second.rank._open))
+        both.set()
+
+    together(
+        lambda: first.rank._asked("evict", 3 * CHUNK, 60.0),
+        lambda: second.rank._asked("evict", 3 * CHUNK, 60.0),
+        let_on,
+    )
+    assert asked == [3]
+    assert comes_true(lambda: [len(each) for each in engine.chunks()] == [BLOCKS // 2 - 3] * 2)
+
+
+def test_a_demand_has_a_growth_come_to_nothing_that_one_rank_waits_for(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = engine.ones
+    plain, got = second.cache.ensure, threading.Event()
+
+    def ensure_later(*args: Any) -> None:
+        assert got.wait(60)
+        plain(*args)
+
+    monkeypatch.setattr(second.cache, "ensure", ensure_later)
+    engine.ranks.on_reclaim(lambda nbytes, timeout: None, "evict")
+    refused: list[str] = []
+
+    def grow() -> None:
+        with pytest.raises(tem.OutOfMemory) as reason:
+            engine.ranks.ensure([1, 2])
+        refused.append(str(reason.value))
+
+    growing = threading.Thread(target=grow)
+    growing.start()
+    assert comes_true(lambda: first.chunks() == [1, 2])
+    first.rank._asked("evict", CHUNK, 60.0)
+    assert first.chunks() == [], "it does not wait for the other rank"
+    got.set()
+    growing.join()
+    assert refused == ["somebody else was given what the engine was about to take"]
+    assert engine.chunks() == [[], []]
+
+
+def test_demands_of_one_rank_add_up(engine: Engine) -> None:
+    first, _ = engine.ones
+    engine.ranks.on_reclaim(gives(engine, []), "evict")
+    together(*[lambda: first.rank._asked("evict", 2 * CHUNK, 60.0)] * 3)
+    assert len(first.chunks()) == BLOCKS // 2 - 6
+    first.rank._asked("evict", CHUNK, 60.0)
+    assert len(first.chunks()) == BLOCKS // 2 - 7, "nor is one counted that has been met"
+
+
+def test_what_a_demand_did_not_get_is_not_owed_to_the_next(engine: Engine) -> None:
+    first, _ = engine.ones
+    asked: list[float] = []
+    engine.ranks.on_reclaim(lambda nbytes, timeout: asked.append(nbytes), "evict")
+    first.rank._asked("evict", 5 * CHUNK, 60.0)
+    first.rank._asked("evict", 2 * CHUNK, 60.0)
+    assert asked == [5, 2]
+
+
+def test_what_is_in_the_blocks_is_said_on_every_rank(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, int]] = []
+
+    def note(account: tem.Account, *counts: int) -> None:
+        told.append((account.name, sum(counts)))
+
+    monkeypatch.setattr(tem.Account, "note_blocks", note)
+    engine.ranks.account.note_blocks(1, 2, 3, 4)
+    assert comes_true(lambda: told == [("engine", 10)] * 2)
+
+
+def test_an_engine_that_has_lost_a_rank_does_not_grow(engine: Engine) -> None:
+    engine.ones[1].rank.close()
+    with pytest.raises(tem.OutOfMemory, match="a rank of the engine has ended"):
+        engine.ranks.ensure([1])
+
+
+def test_a_demand_on_a_rank_whose_scheduler_has_gone_ends(engine: Engine) -> None:
+    first, _ = engine.ones
+    engine.ranks.on_reclaim(lambda nbytes, timeout: engine.ranks.close(), "evict")
+    first.rank._asked("evict", CHUNK, 600.0)
+    assert first.rank._closed
+
+
+def met(hellos: list[line.Hello | None]) -> tuple[Ranks, list[Any]]:
+    """What becomes of ranks that say this; one that says nothing hangs up."""
+    ranks, door, answers = Ranks(len(hellos)), line.Door(), []
+    for hello in hellos:
+        caller = line.call(str(door.path))
+        if hello is None:
+            caller.close()
+        else:
+            caller.send(hello)
+            answers.append(caller)
+    try:
+        ranks.meet(door)
+        return ranks, [caller.receive() for caller in answers]
+    finally:
+        door.close()
+        ranks.close()
+
+
+def test_ranks_whose_chunks_differ_take_the_largest() -> None:
+    ranks, welcomes = met([line.Hello(1, 40, 8), line.Hello(0, 40, 6)])
+    assert ranks.elastic
+    assert [each.chunk_blocks for each in welcomes] == [8, 8]
+    assert len({each.group for each in welcomes}) == 1
+    assert (ranks.num_blocks, ranks.freed(range(5)), ranks.freed([4])) == (40, 5, 1)
+
+
+@pytest.mark.parametrize("other", [line.Hello(1, 0, 0), line.Hello(1, 32, 8)])
+def test_if_one_rank_cannot_be_elastic_none_is(other: line.Hello) -> None:
+    ranks, welcomes = met([line.Hello(0, 40, 8), other])
+    assert not ranks.elastic
+    assert [each.chunk_blocks for each in welcomes] == [0, 0]
+
+
+def test_a_rank_that_fails_before_it_has_met_the_others_is_not_waited_for() -> None:
+    with pytest.raises(EOFError, match="has ended"):
+        met([None, line.Hello(1, 40, 8)])
+
+
+@pytest.fixture
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    # The path of a socket is short.
+    service = Service(tmp_path_factory.mktemp("b")).start()
+    yield service
+    service.close()
+
+
+def under(path: Path, made: list[Engine]) -> Engine:
+    """Two ranks on one device, each a tenant of the broker, of 100 MiB."""
+    arenas = [tem.Arena("host", capacity=100 * MiB, broker=str(path), yield_timeout=0.5) for _ in range(2)]
+    made.append(Engine(arenas))
+    return made[-1]
+
+
+def test_under_a_broker_ranks_are_granted_together_or_not_at_all(
+    service: Service, made: list[Engine]
+) -> None:
+    engine = under(service.path, made)
+    engine.ranks.ensure(range(4))
+    with service.tenant("other") as other:
+        number = other.open("other", 1000)
+        # Room for one rank's part, and not for both.
+        with ControlClient(service.directory / "control.sock") as control:
+            grants = control.state().grants + 1
+        held = 100 * MiB - 2 * 4 * CHUNK - 6 * CHUNK
+        other.get(number, held)
+        with pytest.raises(tem.OutOfMemory, match="was refused, so none grows"):
+            engine.ranks.ensure(range(4, 8))
+        assert engine.chunks() == [[0, 1, 2, 3]] * 2
+        with ControlClient(service.directory / "control.sock") as control:
+            assert control.state().grants == grants, "no rank had its part at any time"
+        assert [each.cache.account.held for each in engine.ones] == [4 * CHUNK] * 2
+        other.put(number, held)
+    engine.ranks.ensure(range(4, 8))
+    assert engine.chunks() == [list(range(8))] * 2
+
+
+def test_two_engines_that_grow_at_once_never_end_up_with_a_part_each(
+    service: Service, made: list[Engine]
+) -> None:
+    engines = [under(service.path, made) for _ in range(2)]
+    # There is room for one engine's 15 chunks on both ranks, and for a part of the other's.
+    wanted = range(15)
+
+    def grow(engine: Engine) -> None:
+        try:
+            engine.ranks.ensure(wanted)
+        except tem.OutOfMemory:
+            refused.append(engine)
+
+    for _ in range(5):
+        refused: list[Engine] = []
+        together(*(partial(grow, each) for each in engines))
+        assert refused, "there is no room for both"
+        for each in engines:
+            whole = [] if each in refused else list(wanted)
+            settled = [whole] * 2
+            assert comes_true(lambda each=each, settled=settled: each.chunks() == settled)
+            if whole:
+                each.release(*wanted)
+                assert each.chunks() == [[], []]
