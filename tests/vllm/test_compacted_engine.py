@@ -41,6 +41,7 @@ def test_prefixes_that_moved_are_found_again_and_are_right(moving: dict[str, Any
     assert moving["again"] == moving["tokens"][-1][::3]
 
 
+@pytest.mark.slow
 def test_blocks_of_several_groups_of_layers_move() -> None:
     plain, moving = (facts(each, "tiny-windows", PROGRAM) for each in ("plain", "moving"))
     assert moving["moved"] and all(moving["met"])

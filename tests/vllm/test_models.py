@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -25,16 +26,17 @@ def facts(how: str, kind: str) -> dict[str, Any]:
     ("kind", "groups"),
     [
         ("states", ["MambaSpec", "FullAttentionSpec"]),
-        ("ngram", ["FullAttentionSpec"]),
-        ("eagle", ["FullAttentionSpec"]),
+        pytest.param("ngram", ["FullAttentionSpec"], marks=pytest.mark.slow),
+        pytest.param("eagle", ["FullAttentionSpec"], marks=pytest.mark.slow),
         ("lora", ["FullAttentionSpec"]),
-        ("reload", ["FullAttentionSpec"]),
-        ("reset", ["FullAttentionSpec"]),
+        pytest.param("reload", ["FullAttentionSpec"], marks=pytest.mark.slow),
+        pytest.param("reset", ["FullAttentionSpec"], marks=pytest.mark.slow),
         ("simple_offload", ["FullAttentionSpec"]),
     ],
 )
 def test_it_serves_the_same_tokens(kind: str, groups: list[str]) -> None:
-    alone, shared = facts("alone", kind), facts("shared", kind)
+    with ThreadPoolExecutor(2) as threads:
+        alone, shared = threads.map(facts, ("alone", "shared"), (kind, kind))
     assert shared["groups"] == alone["groups"] == groups
     assert shared["scheduler"] == f"Elastic{alone['scheduler']}"
     assert any(shared["demands"]) and shared["least"] <= CACHE // 2

@@ -31,7 +31,7 @@ def plain() -> dict[str, Any]:
     return facts("plain", "tensor")
 
 
-@pytest.fixture(scope="module", params=["tensor", "pipeline"])
+@pytest.fixture(scope="module", params=["tensor", pytest.param("pipeline", marks=pytest.mark.slow)])
 def both(request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[str, Any]]:
     """What vLLM does by itself, and with ranks that are squeezed."""
     split = request.param
@@ -92,6 +92,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
         service.close()
 
 
+@pytest.mark.slow
 def test_under_a_broker_an_idle_engine_of_two_ranks_yields_and_serves_on(
     plain: dict[str, Any], shared: Apart
 ) -> None:
@@ -113,6 +114,7 @@ def test_under_a_broker_an_idle_engine_of_two_ranks_yields_and_serves_on(
     assert chunks[0] == chunks[1]
 
 
+@pytest.mark.slow
 def test_what_a_rank_held_that_is_killed_comes_back_with_the_engines_end(shared: Apart) -> None:
     _, _, (first, _) = shared.fact(), shared.fact(), shared.fact()
     assert shared.held() > 0

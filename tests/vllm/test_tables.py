@@ -132,7 +132,6 @@ def engine(*kinds: str, **more: Any) -> Any:
     groups = [SimpleNamespace(kv_cache_spec=type(kind, (), {})()) for kind in kinds]
     config: dict[str, Any] = {"speculative_config": None, "kv_transfer_config": None} | more
     config.setdefault("model_config", SimpleNamespace())
-    config.setdefault("parallel_config", SimpleNamespace(world_size=1))
     return SimpleNamespace(
         kv_cache_config=SimpleNamespace(kv_cache_groups=groups), vllm_config=SimpleNamespace(**config)
     )
@@ -149,7 +148,6 @@ def test_blocks_of_plain_attention_and_of_windows_move() -> None:
         (engine("FullAttentionSpec", "MambaSpec"), "MambaSpec"),
         (engine("SinkFullAttentionSpec"), "SinkFullAttentionSpec"),
         (engine("CrossAttentionSpec", "FullAttentionSpec"), "CrossAttentionSpec"),
-        (engine("FullAttentionSpec", parallel_config=SimpleNamespace(world_size=2)), "processes"),
         (engine("FullAttentionSpec", speculative_config=object()), "speculatively"),
         (engine("FullAttentionSpec", kv_transfer_config=object()), "connector"),
         (

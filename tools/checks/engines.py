@@ -42,7 +42,7 @@ def vllm() -> str:
     entries.mkdir(parents=True, exist_ok=True)
     run(PYTHON, "setup.py", "--quiet", "egg_info", "--egg-base", entries)
     paths = {"PYTHONPATH": f"{ROOT}:{entries}", "TEM_BROKER": "0"}
-    tested = closing_line(run(python, "-m", "pytest", "tests/vllm", env=paths)).strip("= ")
+    tested = closing_line(run(python, "-m", "pytest", "tests/vllm", "-m", "not slow", env=paths)).strip("= ")
     return f"{VLLM}: {tested}\n{NEWEST}: {_types(python)}"
 
 
