@@ -66,7 +66,7 @@ class Controller:
     ) -> None:
         self.lock = threading.RLock()
         self.balloon = balloon
-        self.grower = Grower(cache)
+        self.grower = Grower(cache, self._grown)
         self._cache = cache
         self._preempt = preempt
         self._running = running
@@ -98,8 +98,10 @@ class Controller:
         self._serve()
         self.balloon.unpark(self.grower.take())
         self._pay()
+        if not self.balloon.parked or self._demands or self.draining:
+            return
         unused = self.balloon.unused(ahead)
-        if unused >= ahead or not self.balloon.parked or self.draining:
+        if unused >= ahead:
             return
         wanted = needed()
         missing = wanted - unused
@@ -214,6 +216,15 @@ class Controller:
             self._demands.clear()
             self._debt = 0
 
+    def _grown(self) -> None:
+        """The grower's thread has ended what it was doing.
+
+        A step waits for that thread with the lock held, but not while there are demands; and a demand is among
+        them before it asks whether the thread works.
+        """
+        if self._demands:
+            self.reconsider()
+
     def _grow(self, blocks: int, short: bool) -> None:
         if self.grower.resting(short):
             return
@@ -243,7 +254,7 @@ class Controller:
         later = []
         for demand in self._demands:
             self._give_to(demand)
-            if demand.nbytes > 0 and self._could_before_a_step(demand):
+            if demand.nbytes > 0 and self._could_later(demand):
                 later.append(demand)
             else:
                 self._end(demand)
@@ -251,16 +262,30 @@ class Controller:
 
     def _serve(self) -> None:
         """Gives up what is wanted, by moves and, where they are asked for, preemptions; before scheduling."""
+        later = []
         for demand in self._demands:
             while demand.nbytes > 0:
-                given = self._give_to(demand) or self._compact(demand)
-                if not given and not (demand.rung == PAUSE and self._preempt()):
+                if self._give_to(demand) or self._compact(demand):
+                    continue
+                if demand.rung != PAUSE or self.grower.working or not self._preempt():
                     break
-            self._end(demand)
-        self._demands.clear()
+            if demand.nbytes > 0 and self._waits_for_growth(demand):
+                later.append(demand)
+            else:
+                self._end(demand)
+        self._demands = later
 
-    def _could_before_a_step(self, demand: Demand) -> bool:
-        """Whether the engine's thread can give what this one cannot."""
+    def _waits_for_growth(self, demand: Demand) -> bool:
+        """What is on its way to this engine goes before running requests.
+
+        Of peers that grow at once each would wait for the other, but they do not ask so dearly.
+        """
+        return demand.rung == PAUSE and self.grower.working
+
+    def _could_later(self, demand: Demand) -> bool:
+        """Whether the engine's thread, or the grower's, can give what this one cannot."""
+        if self._waits_for_growth(demand):
+            return True
         if demand.rung == EVICT or not self.balloon.in_use():
             return False
         return demand.rung == PAUSE or (self.mover is not None and self.mover.could(self._running()))

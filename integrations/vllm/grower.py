@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from torch_elastic_mem.errors import OutOfMemory, TemError
@@ -32,10 +33,12 @@ class Grower:
 
     Args:
         memory: raises OutOfMemory where there is none.
+        on_done: called by the thread when it has got memory or was refused.
     """
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, on_done: Callable[[], None] = lambda: None) -> None:
         self._memory = memory
+        self._on_done = on_done
         self._changed = threading.Condition()
         self._asked: list[int] = []  # all below are guarded by the condition
         self._at_work: list[int] = []
@@ -53,6 +56,12 @@ class Grower:
         """Chunks that were asked for and have not been taken yet."""
         with self._changed:
             return [*self._asked, *self._at_work, *self._ready]
+
+    @property
+    def working(self) -> bool:
+        """Whether memory is on its way, which may have been granted already."""
+        with self._changed:
+            return bool(self._at_work)
 
     def resting(self, short: bool = False) -> bool:
         """Whether memory has just been refused to one in such a need."""
@@ -121,6 +130,7 @@ class Grower:
                     self._refused_at, self._refused_short = time.monotonic(), short
                     self.refusals += 1
                 self._changed.notify_all()
+            self._on_done()
 
     def _grow(self, chunks: list[int], rung: str) -> list[int]:
         """Those that got memory: all, or as many of the first as there is room for."""

@@ -249,3 +249,27 @@ def test_who_has_cached_blocks_to_use_asks_others_for_no_more_than_what_is_cheap
     small.step(needed=3, ahead=3)
     small.controller.grower.wait(LONG)
     assert rungs[0] == SHORT and set(rungs[1:]) == {WARM}, "cached blocks are free as well"
+
+
+def test_what_is_on_its_way_is_given_before_anybody_is_preempted(
+    small: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure, begun, gate = small.cache.ensure, threading.Event(), threading.Event()
+
+    def slow(chunks: list[int], *args: Any) -> None:
+        ensure(chunks, *args)
+        begun.set()
+        gate.wait()
+
+    monkeypatch.setattr(small.cache, "ensure", slow)
+    small.hold(1)
+    small.step(ahead=9)
+    assert begun.wait(LONG)
+    demand = Demand(small, 15 * CHUNK)
+    assert demand.waits("pause")
+    small.step(ahead=9)
+    assert small.demands() == ["pause"], "nor does it grow meanwhile"
+    gate.set()
+    assert demand.ended() is True
+    assert (small.preempted_by, small.controller.grower.coming) == ([], [])
+    small.assert_sound()
