@@ -219,8 +219,8 @@ class Controller:
     def _grown(self) -> None:
         """The grower's thread has ended what it was doing.
 
-        A step waits for that thread with the lock held, but not while there are demands; and a demand is among
-        them before it asks whether the thread works.
+        A step waits for that thread with the lock held, but not while there are demands; and a demand is
+        among them before it asks whether the thread works.
         """
         if self._demands:
             self.reconsider()
