@@ -71,7 +71,8 @@ void use_malloc(Heap& heap, unsigned seed) {
 void change(Arena& arena, AccountId account, const std::atomic<bool>& over) {
   std::mt19937 random(9);
   while (!over) {
-    tolerate_want([&] { arena.reserve(account, (1 + random() % 4) << 21, deadline_in(0.005), nullptr); });
+    tolerate_want(
+        [&] { arena.reserve(account, (1 + random() % 4) << 21, deadline_in(0.005), Rung::kPause, nullptr); });
     arena.unreserve(account);
     arena.wait_for_room(account, 8 * kMiB, deadline_in(0.005));
     arena.state();

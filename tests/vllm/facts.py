@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from typing import Any
 
@@ -45,6 +46,13 @@ class Apart:
         assert self.program.stdin is not None
         self.program.stdin.write("\n")
         self.program.stdin.flush()
+
+    def end(self) -> None:
+        """Ends the program, and the engine's core, which would keep its pipes open."""
+        if self.program.poll() is None:
+            subprocess.run(["pkill", "-KILL", "-P", str(self.program.pid)], check=False)
+            self.program.kill()
+        self.program.communicate()
 
     def held(self) -> int:
         with ControlClient(self.service.directory / "control.sock") as control:

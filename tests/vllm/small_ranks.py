@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -109,5 +110,6 @@ def together(*calls: Callable[[], object]) -> None:
 
 def engine_on(rung: Rung, *capacities: int) -> Engine:
     """A rank on each device, with room for so many bytes."""
+    gc.collect()  # an engine of an earlier test is in cycles, and has the device's arena
     devices = ["cuda:0", "cuda:1"] if rung.name == "fake" else [rung.device] * 2
     return Engine([rung.arena(size, device=device) for size, device in zip(capacities, devices, strict=True)])

@@ -88,9 +88,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
     try:
         yield made
     finally:
-        if made.program.poll() is None:
-            made.program.kill()
-        made.program.communicate()
+        made.end()
         service.close()
 
 
@@ -105,7 +103,7 @@ def test_an_idle_engine_in_another_process_yields_obeys_and_serves_on(
     ):
         memory = account.range(100 * MiB)
         memory.grow(100 * MiB - before + 4 * MiB, timeout=10)
-        assert apart.held() <= before - 4 * MiB
+        assert apart.comes_down_to(before - 4 * MiB)
         memory.close()
     with ControlClient(apart.service.directory / "control.sock") as control:
         control.set_limits("vllm", {"max": 8 * MiB})

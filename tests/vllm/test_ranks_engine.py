@@ -86,9 +86,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
     try:
         yield made
     finally:
-        if made.program.poll() is None:
-            made.program.kill()
-        made.program.communicate()
+        made.end()
         service.close()
 
 
@@ -104,7 +102,7 @@ def test_under_a_broker_an_idle_engine_of_two_ranks_yields_and_serves_on(
     ):
         memory = account.range(100 * MiB)
         memory.grow(100 * MiB - sum(resident) + 8 * MiB, timeout=30)
-        assert shared.held() <= sum(resident) - 8 * MiB
+        assert shared.comes_down_to(sum(resident) - 8 * MiB)
         memory.close()
     shared.go_on()
     after = shared.fact()

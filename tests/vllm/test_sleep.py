@@ -278,9 +278,7 @@ def apart(extension: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     try:
         yield made
     finally:
-        if made.program.poll() is None:
-            made.program.kill()
-        made.program.communicate()
+        made.end()
         service.close()
 
 
