@@ -28,10 +28,10 @@ def facts(how: str, kind: str) -> dict[str, Any]:
         ("states", ["MambaSpec", "FullAttentionSpec"]),
         pytest.param("ngram", ["FullAttentionSpec"], marks=pytest.mark.slow),
         pytest.param("eagle", ["FullAttentionSpec"], marks=pytest.mark.slow),
-        ("lora", ["FullAttentionSpec"]),
+        pytest.param("lora", ["FullAttentionSpec"], marks=pytest.mark.slow),
         pytest.param("reload", ["FullAttentionSpec"], marks=pytest.mark.slow),
         pytest.param("reset", ["FullAttentionSpec"], marks=pytest.mark.slow),
-        ("simple_offload", ["FullAttentionSpec"]),
+        pytest.param("simple_offload", ["FullAttentionSpec"], marks=pytest.mark.slow),
     ],
 )
 def test_it_serves_the_same_tokens(kind: str, groups: list[str]) -> None:
