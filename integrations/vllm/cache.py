@@ -35,9 +35,8 @@ BlockTables = dict[str, tuple[list[int], ...]]
 
 _lock = threading.Lock()
 _host: Arena | None = None  # guarded by the lock
-_caches: dict[
-    str, ElasticCache | Ranks
-] = {}  # by the engine's instance id; guarded by the lock, like the next
+# By the engine's instance id; guarded by the lock, like the next.
+_caches: dict[str, ElasticCache | Ranks] = {}
 _opened: list[Account] = []  # by open_account
 _left: list[Account] = []  # of these, those whose engine has ended
 
@@ -68,12 +67,7 @@ class ElasticCache:
         extent = self._extent(pieces)
         smallest = min(region.block_bytes for region in regions)
         self.chunk_blocks = max(1, -(-extent // smallest))
-        apart = all(
-            self.chunk_blocks * region.block_bytes % extent == 0
-            and (region.layers == 1 or region.block_bytes * num_blocks % extent == 0)
-            for region in regions
-        )
-        if not apart:
+        if not all(self._apart(region, extent) for region in regions):
             # Neighbouring chunks share the extents at their edges: those had better be small, and few.
             granularity = account.device.granularity
             self.chunk_blocks = max(1, -(-max(extent, 4 * granularity) // smallest))
@@ -108,10 +102,15 @@ class ElasticCache:
         self.chunk_bytes = blocks * self.block_bytes
         self.freed_bytes = 0
         for region in self._regions:
-            apart = blocks * region.block_bytes % extent == 0 and (
-                region.layers == 1 or region.block_bytes * self.num_blocks % extent == 0
-            )
-            self.freed_bytes += extent * region.layers * (blocks * region.block_bytes // extent - (not apart))
+            whole = blocks * region.block_bytes // extent - (not self._apart(region, extent))
+            self.freed_bytes += extent * region.layers * whole
+
+    def _apart(self, region: Region, extent: int) -> bool:
+        """Neighbouring chunks share no extent of the region."""
+        size, end = self.chunk_blocks, self.num_blocks
+        return size * region.block_bytes % extent == 0 and (
+            region.layers == 1 or end * region.block_bytes % extent == 0
+        )
 
     def bytes_under(self, chunks: Iterable[int]) -> int:
         """The most that memory under these chunks takes: all extents that they touch."""
@@ -163,7 +162,7 @@ class ElasticCache:
 
     def use_stream(self) -> None:
         """The calling thread's current stream is the one whose work touches the cache from now on."""
-        if self.account.device.backend == "cuda" and torch.cuda.is_available():
+        if self.account.device.backend == "cuda":
             self._stream = torch.cuda.current_stream()
 
     def number(self, step: Any) -> None:

@@ -278,7 +278,8 @@ class Controller:
     def _waits_for_growth(self, demand: Demand) -> bool:
         """What is on its way to this engine goes before running requests.
 
-        Of peers that grow at once each would wait for the other, but they do not ask so dearly.
+        Of two that grow at once each would wait for the other, but peers as a rule do not ask so dearly, and
+        of two classes one does not.
         """
         return demand.rung == PAUSE and self.grower.working
 

@@ -29,6 +29,8 @@ class One:
     def __init__(self, arena: tem.Arena) -> None:
         self.arena = arena
         self.cache = ElasticCache(arena.account("engine", "serving"), BLOCKS, [Region(BLOCKS * MiB, MiB)])
+        # Over the fake driver torch has no device, and no stream of its own.
+        self.cache.use_stream = lambda: None  # type: ignore[method-assign]
         self.rank: Rank
 
     def join(self, number: int, path: str) -> None:
