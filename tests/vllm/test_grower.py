@@ -57,14 +57,6 @@ def grower(memory: FakeMemory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Grow
     made.close()
 
 
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    # Whether vLLM's loggers propagate is up to its configuration.
-    monkeypatch.setattr(module.log, "propagate", False)
-    monkeypatch.setattr(module.log, "handlers", [caplog.handler])
-    return caplog
-
-
 def settled(grower: Grower) -> list[int]:
     """All that comes of what was asked."""
     taken: list[int] = []

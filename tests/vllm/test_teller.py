@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 from collections.abc import Iterator
 
@@ -61,21 +60,17 @@ def test_it_ends_at_once_though_it_looks_seldom() -> None:
     assert not teller._thread.is_alive()
 
 
-def test_an_account_that_is_closed_ends_it_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_account_that_is_closed_ends_it_without_a_word(log: pytest.LogCaptureFixture) -> None:
     engine = Engine(Counts(0, 0, 0, 0), error=ClosedError("closed"))
     teller = Teller(engine, engine, every=0.0)
     teller._thread.join()
-    assert not caplog.records
+    assert not log.records
 
 
-def test_what_nobody_foresaw_is_said_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Whether vLLM's loggers propagate is up to its configuration.
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+def test_what_nobody_foresaw_is_said_once(log: pytest.LogCaptureFixture) -> None:
     engine = Engine(Counts(0, 0, 0, 0), error=AttributeError("renamed"))
     teller = Teller(engine, engine, every=0.0)
     ident = teller._thread.ident  # that of another test's engine may say so too
     teller._thread.join()
-    said = [record.message for record in caplog.records if record.thread == ident]
+    said = [record.message for record in log.records if record.thread == ident]
     assert said == ["what is in the engine's blocks is not shown any more"]
