@@ -167,10 +167,13 @@ class Arena : public std::enable_shared_from_this<Arena> {
   bool leased(AccountId id, size_t bytes, size_t take, std::vector<Passed> passed = {});
   /// Gives up to `bytes` of an account's lease: what is unused, idle extents, then by reclaimers up to
   /// `worst`. `progress` is told of each part when its memory has been released, but for what is passed on
-  /// with it: the descriptors of up to `pass` extents.
-  using Progress = std::function<void(size_t bytes, std::vector<Passed> passed)>;
+  /// with it: up to `pass` extents.
+  using Progress = std::function<void(size_t bytes, std::vector<Parting> passed)>;
   Yielded yield(AccountId id, size_t bytes, Rung worst, Deadline deadline, const std::string& demander,
                 size_t pass, const Progress& progress);
+  /// Exports ahead what idle accounts would pass on next, for exporting takes longer than all else of a
+  /// yield. True if there is more to do.
+  bool make_ready_to_pass() noexcept;
   /// Limits were changed from outside.
   void limits_changed(AccountId id, const std::string& priority, const Limits& limits, Deadline deadline);
   /// Calls `visit` with what each account is leased, under the arena's lock: nothing is returned meanwhile.

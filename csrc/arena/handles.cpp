@@ -17,6 +17,25 @@ bool spares_descriptor(const Fd& fd) {
 
 }  // namespace
 
+Parting::Parting(Device& device, Handle handle, size_t bytes, Fd fd)
+    : device_(device.shared_from_this()), handle_(handle), bytes_(bytes), fd_(std::move(fd)) {}
+
+Parting::Parting(Parting&& other) noexcept
+    : device_(std::move(other.device_)),
+      handle_(other.handle_),
+      bytes_(std::exchange(other.bytes_, 0)),
+      fd_(std::move(other.fd_)) {}
+
+Parting::~Parting() {
+  if (bytes_ == 0 || !device_->born.here()) return;
+  try {
+    device_->backend->release(handle_);
+  } catch (const Error&) {
+    device_->created += bytes_;
+    device_->lost += bytes_;
+  }
+}
+
 Extent::Extent(Device& device, size_t bytes)
     : device_(&device), handle_(device.backend->create(bytes)), bytes_(bytes) {
   device.created += bytes;
@@ -27,7 +46,8 @@ Extent::Extent(Device& device, Passed&& passed)
       device_(&device),
       handle_(device.backend->import_fd(passed.fd)),
       bytes_(passed.bytes),
-      origin_(spares_descriptor(passed.fd) ? std::move(passed.fd) : Fd()) {
+      fd_(spares_descriptor(passed.fd) ? std::move(passed.fd) : Fd()),
+      imported_(true) {
   device.created += bytes_;
 }
 
@@ -37,7 +57,8 @@ Extent::Extent(Extent&& other) noexcept
       device_(other.device_),
       handle_(other.handle_),
       bytes_(std::exchange(other.bytes_, 0)),
-      origin_(std::move(other.origin_)) {}
+      fd_(std::move(other.fd_)),
+      imported_(other.imported_) {}
 
 Extent& Extent::operator=(Extent&& other) noexcept {
   std::swap(writer, other.writer);
@@ -45,7 +66,8 @@ Extent& Extent::operator=(Extent&& other) noexcept {
   std::swap(device_, other.device_);
   std::swap(handle_, other.handle_);
   std::swap(bytes_, other.bytes_);
-  std::swap(origin_, other.origin_);
+  std::swap(fd_, other.fd_);
+  std::swap(imported_, other.imported_);
   return *this;
 }
 
@@ -60,14 +82,21 @@ Extent::~Extent() {
 
 void Extent::release() {
   device_->backend->release(handle_);
-  origin_.close();
+  fd_.close();
   device_->created -= std::exchange(bytes_, 0);
 }
 
-Passed Extent::pass() {
-  Passed passed{bytes_, origin_ ? std::move(origin_) : device_->backend->export_fd(handle_)};
-  release();
-  return passed;
+bool Extent::make_ready() {
+  Fd fd = device_->backend->export_fd(handle_);
+  if (!spares_descriptor(fd)) return false;
+  fd_ = std::move(fd);
+  return true;
+}
+
+Parting Extent::pass() {
+  Fd fd = fd_ ? std::move(fd_) : device_->backend->export_fd(handle_);
+  device_->created -= bytes_;
+  return Parting(*device_, handle_, std::exchange(bytes_, 0), std::move(fd));
 }
 
 void Extent::abandon() noexcept { device_->lost += std::exchange(bytes_, 0); }

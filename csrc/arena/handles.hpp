@@ -6,6 +6,7 @@
 #include <atomic>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "arena/passed.hpp"
 #include "backend/backend.hpp"
@@ -27,6 +28,31 @@ struct Device : std::enable_shared_from_this<Device> {
 };
 
 constexpr AccountId kSomebody = ~AccountId{0};
+
+/// An extent that goes to another process: its descriptor, and what this process still has of it. That is
+/// released when it goes, from any thread: who gets the memory need not wait for it.
+class Parting {
+ public:
+  Parting(Device& device, Handle handle, size_t bytes, Fd fd);
+  Parting(Parting&& other) noexcept;
+  Parting& operator=(Parting&&) = delete;
+  ~Parting();
+
+  size_t bytes() const { return bytes_; }
+  Fd& fd() { return fd_; }
+
+ private:
+  std::shared_ptr<Device> device_;
+  Handle handle_;
+  size_t bytes_;
+  Fd fd_;
+};
+
+/// What a demander of another process takes over as it is, and how much of that goes at once.
+struct Passing {
+  size_t most = 0;  // extents
+  std::vector<Parting> extents;
+};
 
 /// One physical allocation. Released when it goes.
 class Extent {
@@ -51,8 +77,12 @@ class Extent {
 
   /// Gives the memory back and reports what a destructor could not.
   void release();
+  /// Could have a descriptor at hand with which it can go to another process, and has none.
+  bool unready() const { return !fd_ && !imported_; }
+  /// Has one. False if none can be spared.
+  bool make_ready();
   /// Lets it go to another process.
-  Passed pass();
+  Parting pass();
   /// Forgets the memory without giving it back: the driver's state of it is unknown.
   void abandon() noexcept;
 
@@ -60,7 +90,8 @@ class Extent {
   Device* device_ = nullptr;
   Handle handle_ = 0;
   size_t bytes_ = 0;
-  Fd origin_;  // it came with this one: the driver exports no handle that it has imported
+  Fd fd_;                  // to pass it on with
+  bool imported_ = false;  // it came with its descriptor, and the driver makes no other
 };
 
 /// A range of addresses. Given back when it goes.
@@ -95,6 +126,8 @@ class Mapping {
   Handle handle() const { return extent_.handle(); }
   AccountId writer() const { return extent_.writer; }
   void set_writer(AccountId account) { extent_.writer = account; }
+  bool unready() const { return extent_.unready(); }
+  bool make_ready() { return extent_.make_ready(); }
 
   /// A descriptor of the extent. What was ever exported is released when it is unmapped, and never used
   /// again: another process may still read it.

@@ -10,6 +10,10 @@ namespace tem {
 namespace {
 
 constexpr auto kRoomPoll = std::chrono::milliseconds(20);
+// Extents exported ahead: with the largest, 4 GiB. Each costs a descriptor.
+constexpr size_t kReady = 64;
+// At a time: who asks meanwhile waits for them.
+constexpr size_t kReadyAtOnce = 16;
 
 }  // namespace
 
@@ -194,6 +198,26 @@ Yielded Arena::yield(AccountId id, size_t bytes, Rung worst, Deadline deadline, 
   }
   settle_spare();
   return out;
+}
+
+bool Arena::make_ready_to_pass() noexcept {
+  for (size_t made = 0; made < kReadyAtOnce; ++made) {
+    const Lock held(mutex_);  // anew for each: it takes the driver longer than a growth should wait
+    try {
+      const bool any = std::any_of(seats_.begin(), seats_.end(), [this](const Seat& seat) {
+        const Idle idle = seat.tenant->idle();
+        if (idle.ready + idle.pending == 0) return false;
+        const std::vector<Range*> ranges = seat.tenant->ranges();
+        return std::any_of(ranges.begin(), ranges.end(),
+                           [this](Range* range) { return mapper_.make_ready(*range, kReady); });
+      });
+      if (!any) return false;
+    } catch (const Error& error) {
+      note_fault(error);
+      return false;
+    }
+  }
+  return true;
 }
 
 void Arena::visit_leases(const std::function<void(AccountId, size_t)>& visit) {

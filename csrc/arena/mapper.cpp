@@ -141,6 +141,14 @@ void Mapper::pass_spare(size_t keep, Passing& passing) {
   }
 }
 
+bool Mapper::make_ready(Range& range, size_t extents) {
+  for (auto next = range.mappings_.rbegin(); next != range.mappings_.rend() && extents != 0;
+       ++next, --extents) {
+    if (next->second.unready()) return next->second.make_ready();
+  }
+  return false;
+}
+
 void Mapper::receive(std::vector<Passed> passed) noexcept {
   for (Passed& one : passed) {
     try {

@@ -46,6 +46,10 @@ class Mapper {
   /// driver costs what it refuses, and throws.
   void pass_spare(size_t keep, Passing& passing);
 
+  /// Has descriptors at hand for what is mapped at the top of a range, where tenants give first: of so many
+  /// extents. Makes one of those that are missing; false if there is nothing left to make.
+  bool make_ready(Range& range, size_t extents);
+
   /// Takes over as spares what another process has passed on; what the driver refuses goes to the device.
   void receive(std::vector<Passed> passed) noexcept;
 

@@ -1,6 +1,5 @@
 // The receiving thread: what the broker says, and what is reported to it.
 #include <algorithm>
-#include <iterator>
 #include <utility>
 
 #include "client/client.hpp"
@@ -34,7 +33,10 @@ void Client::listen() {
         case Connection::Event::kNothing:
           break;
       }
-      if (Clock::now() >= (dirty_.load() ? next_report_ : next_look_)) report();
+      if (Clock::now() < (dirty_.load() ? next_report_ : next_look_)) continue;
+      report();
+      const bool passes = connected() && !arena_->device().exchange.empty();
+      if (passes && arena_->make_ready_to_pass()) changed();
     } catch (const Error&) {
       // No broker, or one that cannot be understood: what is leased stays, and it is tried again.
       lose();
@@ -212,12 +214,12 @@ void Client::on_ask(const Header& header, const Ask& ask) {
   const auto id = local(ask.account);
   const uint64_t request = header.request;
   const auto answer = [this, request, account = ask.account, on = connection_.number()](
-                          size_t bytes, size_t coming, bool last, std::vector<Passed> passed = {}) {
+                          size_t bytes, size_t coming, bool last, std::vector<Parting> passed = {}) {
     for (size_t next = 0; next < passed.size();) {
-      Pass pass{account, 0, passed[next].bytes};
+      Pass pass{account, 0, passed[next].bytes()};
       std::vector<Fd> descriptors;
-      for (; next < passed.size() && passed[next].bytes == pass.bytes; ++next)
-        descriptors.push_back(std::move(passed[next].fd));
+      for (; next < passed.size() && passed[next].bytes() == pass.bytes; ++next)
+        descriptors.push_back(std::move(passed[next].fd()));
       pass.count = static_cast<uint32_t>(descriptors.size());
       connection_.send(on, encode(request, pass), std::move(descriptors));
     }
@@ -239,9 +241,9 @@ void Client::on_ask(const Header& header, const Ask& ask) {
     }
   }
   Yielded now;
-  std::vector<Passed> passed;
-  const auto collect = [&](size_t, std::vector<Passed> more) {
-    passed.insert(passed.end(), std::make_move_iterator(more.begin()), std::make_move_iterator(more.end()));
+  std::vector<Parting> passed;
+  const auto collect = [&](size_t, std::vector<Parting> more) {
+    for (Parting& one : more) passed.push_back(std::move(one));
   };
   const std::string demander = ask.demander.str();
   try {
@@ -259,7 +261,7 @@ void Client::on_ask(const Header& header, const Ask& ask) {
   add_chore([id = *id, rest, worst, deadline, demander, left, answer](Arena& arena) {
     try {
       arena.yield(id, rest, worst, deadline, demander, left,
-                  [&](size_t bytes, std::vector<Passed> more) { answer(bytes, 0, false, std::move(more)); });
+                  [&](size_t bytes, std::vector<Parting> more) { answer(bytes, 0, false, std::move(more)); });
     } catch (const Error&) {
       // Closed meanwhile: what it held came back by itself.
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import select
 import socket
@@ -12,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+import torch_elastic_mem as tem
 from torch_elastic_mem.broker.protocol import (
     LAST,
     OUT_OF_MEMORY,
@@ -38,11 +40,25 @@ from torch_elastic_mem.broker.protocol import (
     decode,
     encode,
 )
+from torch_elastic_mem.elastic_range import ElasticRange
 
 MiB = 1 << 20
 Kind = TypeVar("Kind", bound=Message)
 # What it answers to a demand: a message, or None for not yet.
 Policy = Callable[[Demand], Message | None]
+
+
+def idle(account: tem.Account, nbytes: int) -> ElasticRange:
+    """Memory that nobody uses, in extents of 4 MiB."""
+    memory = account.range(nbytes, keep=nbytes, extent="4MiB")
+    memory.grow(nbytes)
+    memory.shrink(nbytes)
+    return memory
+
+
+def close(passed: list[tuple[int, int]]) -> None:
+    for _, descriptor in passed:
+        os.close(descriptor)
 
 
 class Scripted:

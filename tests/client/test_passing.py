@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import torch_elastic_mem as tem
 from tests.client.conftest import Opened
-from tests.client.scripted import MiB, Scripted
+from tests.client.files import descriptors_of, file_under
+from tests.client.scripted import MiB, Scripted, close, idle
 from tests.rungs import CudaRung, Rung
 from torch_elastic_mem.broker.protocol import PASS_ON, Demand, Gave, Grant, Return
 from torch_elastic_mem.elastic_range import ElasticRange
@@ -23,28 +23,6 @@ def _no_descriptor_stays_open(arena: tem.Arena, broker: Scripted) -> Iterator[No
     """What was passed on and back is closed by whoever had it last."""
     yield
     assert broker.passed() == []
-
-
-def idle(account: tem.Account, nbytes: int) -> ElasticRange:
-    memory = account.range(nbytes, keep=nbytes, extent="4MiB")
-    memory.grow(nbytes)
-    memory.shrink(nbytes)
-    return memory
-
-
-def close(passed: list[tuple[int, int]]) -> None:
-    for _, descriptor in passed:
-        os.close(descriptor)
-
-
-def file_under(address: int) -> int:
-    """The inode of what is mapped there: the host's and the fake's memory is files."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, _, _, _, inode, *_ = line.split()
-        begin, end = (int(each, 16) for each in span.split("-"))
-        if begin <= address < end:
-            return int(inode)
-    return 0
 
 
 def grow_with(broker: Scripted, memory: ElasticRange, nbytes: int, passed: list[tuple[int, int]]) -> None:
@@ -169,15 +147,6 @@ def test_a_grant_that_nobody_waits_for_any_more_takes_its_memory_back(
     broker.await_count(Return, 1)
     assert returned() > 0
     assert arena.snapshot().created <= sum(broker.charged.values())
-
-
-def descriptors_of(files: set[int]) -> int:
-    """How many this process has of these inodes."""
-    count = 0
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            count += os.stat(f"/proc/self/fd/{name}").st_ino in files
-    return count
 
 
 def test_a_forked_child_keeps_none_of_it_alive(rung: Rung, opened: Opened, broker: Scripted) -> None:
