@@ -12,8 +12,12 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from torch_elastic_mem.integrations.vllm import line
 from torch_elastic_mem.integrations.vllm.cache import keep
 from torch_elastic_mem.integrations.vllm.ranks import Ranks
+from torch_elastic_mem.integrations.vllm.together import Together, attempt
 
 log = logging.getLogger("vllm.torch_elastic_mem")
+
+# What ranks do together or not at all.
+TOGETHER = ("sleep", "wake_up", "discard")
 
 
 class ElasticExecutor(MultiprocExecutor):
@@ -21,6 +25,7 @@ class ElasticExecutor(MultiprocExecutor):
 
     elastic_door: line.Door | None = None
     elastic_ranks: Ranks | None = None
+    elastic_together: Together | None = None
 
     def _init_executor(self) -> None:
         # No thread is started before the ranks are: they may be forked.
@@ -47,7 +52,19 @@ class ElasticExecutor(MultiprocExecutor):
             meeting.join()
         if ranks.elastic:
             keep(self.vllm_config.instance_id, ranks)
+        self.elastic_together = Together(ranks, self._attempt)
         return done
+
+    def collective_rpc(
+        self, method: Any, timeout: float | None = None, args: Any = (), kwargs: Any = None, **how: Any
+    ) -> Any:
+        """As vLLM's, but for sleep and wake-up."""
+        if self.elastic_together is not None and method in TOGETHER:
+            return getattr(self.elastic_together, method)(*args, **(kwargs or {}))
+        return super().collective_rpc(method, timeout, args, kwargs, **how)
+
+    def _attempt(self, method: str, *args: object) -> list[str | None]:
+        return list(super().collective_rpc(attempt, args=(method, *args)))
 
     def shutdown(self) -> None:
         """As vLLM's."""

@@ -64,8 +64,6 @@ def choose_classes(config: Any) -> None:
         raise compat.Unsupported(f"it has a worker class of its own, {parallel.worker_cls}")
     if scheduling.scheduler_cls is not None:
         raise compat.Unsupported(f"it has a scheduler class of its own, {scheduling.scheduler_cls}")
-    if config.model_config.enable_sleep_mode and ranks:
-        raise compat.Unsupported("an engine of several ranks does not sleep yet")
     if config.model_config.enable_sleep_mode and (reason := compat.other_sleep(config.model_config)):
         raise compat.Unsupported(reason)
     if reason := compat.other_connector(config.kv_transfer_config):

@@ -165,7 +165,7 @@ class Rank:
 
     def _leased(self, order: line.Grow) -> AbstractContextManager[object]:
         """Under a broker all ranks are granted their bytes together: none waits with its own in hand."""
-        if self._group is None:
+        if self._group is None or not order.chunks:
             return nullcontext()
         return self._cache.account.reserve(
             self._cache.bytes_under(order.chunks),

@@ -142,6 +142,14 @@ class Ranks:
             rank, why = min(refusals.items())
             raise OutOfMemory(f"rank {rank} of {self.members} was refused, so none grows: {why}")
 
+    def settle(self) -> None:
+        """Waits until every rank has carried out what was ordered, where no step is under way.
+
+        Raises:
+            OutOfMemory: a rank has ended.
+        """
+        self.ensure(())
+
     def call_off(self) -> None:
         """Has a growth that is under way come to nothing: what some ranks have of it goes at once."""
         with self._answered:

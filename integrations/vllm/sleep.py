@@ -71,7 +71,7 @@ class Sleep(SleepModeBackend):
                 cache.bring_back(WAKE)
             raise
         self._state = "SUSPENDED"
-        self._cool_down()
+        self.cool_down()
         log.info("asleep at level %d: %r holds %d MiB", level, self._account, self._account.held >> 20)
 
     def resume(self, tags: Sequence[str] | None = None) -> None:
@@ -97,7 +97,7 @@ class Sleep(SleepModeBackend):
                         cache.put_away()
                     raise
         except OutOfMemory as reason:
-            self._cool_down()
+            self.cool_down()
             raise OutOfMemory(f"the engine does not wake up, and sleeps on: {reason}") from None
         if not self.weights.away and self._cache(away=True) is None:
             self._state = "RUNNING"
@@ -110,7 +110,7 @@ class Sleep(SleepModeBackend):
         if "weights" in tags:
             self.weights.put_away(keep=False)
         self._state = "SUSPENDED"
-        self._cool_down()
+        self.cool_down()
 
     @classmethod
     def preserves_communicators(cls) -> bool:
@@ -122,7 +122,7 @@ class Sleep(SleepModeBackend):
         resting = None if self.cache is None else self.cache.resting
         return resting if resting is not None and resting.away == away else None
 
-    def _cool_down(self) -> None:
+    def cool_down(self) -> None:
         """The account's idle memory goes, and with the last of an arena's tenants its warm extents."""
         self._account.trim()
         state = self._arena.snapshot()

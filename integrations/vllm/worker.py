@@ -117,6 +117,11 @@ class Elastic(Base):
         self.elastic_rank = Rank(cache, caller, group)
         return cache
 
+    def cool_down_elastic_account(self) -> None:
+        """What is idle goes, for the engine sleeps on."""
+        if self.elastic_sleep is not None:
+            self.elastic_sleep.cool_down()
+
     def execute_model(self, scheduler_output: Any) -> Any:
         """As vLLM's. Without an output yet, sampling follows, which may run a draft model over the cache."""
         if self.elastic_rank is not None:

@@ -371,12 +371,10 @@ def sleeping_apart(llm: Any) -> None:
 
 def may_sleep() -> bool:
     """Has vLLM take `enable_sleep_mode` on the CPU, where it has no allocator of its own for it."""
-    from vllm import _custom_ops
     from vllm.platforms.cpu import CpuPlatform
 
     CpuPlatform.is_sleep_mode_available = lambda _: True  # type: ignore[method-assign]
-    # Its copies of weights lie outside of torch, and what points to them does not outlive level 2.
-    _custom_ops._supports_onednn = False
+    weights.leave_unpacked()
     return True
 
 

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.vllm.engine import Pressing, engine, fact, tokens
+from tests.vllm import weights
+from tests.vllm.engine import Pressing, engine, fact, may_sleep, tokens
 from torch_elastic_mem.integrations.vllm.grower import REST
 
 SPLITS = {"tensor": {"tensor_parallel_size": 2}, "pipeline": {"pipeline_parallel_size": 2}}
@@ -122,14 +123,90 @@ def shared(llm: Any) -> None:
     fact("chunks", on_ranks(llm, chunks))
 
 
+def held(worker: Any) -> int:
+    return int(worker.elastic_account.held)
+
+
+def sleeping(llm: Any) -> None:
+    """Both levels, a partial wake, and somebody who has one rank's memory, or all but a chunk of it."""
+    import torch_elastic_mem as tem
+
+    def narrow(worker: Any) -> int:
+        from torch_elastic_mem.integrations.vllm import sleep
+
+        sleep.WAKE = 0.05
+        worker.elastic_arena.set_reserve(0, 0)
+        worker.elastic_arena.set_capacity(worker.elastic_account.held + 32 * 2**20)
+        return int(worker.elastic_sleep.weights.bytes)
+
+    def occupy(worker: Any) -> None:
+        if worker.rank == 1:
+            arena = worker.elastic_arena
+            account = arena.account("neighbour", tem.PriorityClass("pressing", 10**6))
+            worker.neighbour = account.range(arena.capacity)
+            worker.neighbour.grow(arena.capacity, timeout=1.0)
+
+    def leave_a_chunk(worker: Any) -> None:
+        if worker.rank == 1:
+            worker.neighbour.shrink(worker.elastic_cache.chunk_bytes)
+            worker.elastic_arena.collect()
+
+    def leave(worker: Any) -> None:
+        if worker.rank == 1:
+            worker.neighbour.close()
+            worker.elastic_arena.collect()
+
+    def addresses(worker: Any) -> list[int]:
+        return [each.data_ptr() for each in worker.model_runner.get_model().parameters()]
+
+    def save(worker: Any) -> None:
+        model = worker.model_runner.get_model()
+        worker.saved = {name: each.clone() for name, each in model.named_parameters()}
+
+    def load(worker: Any) -> None:
+        for name, each in worker.model_runner.get_model().named_parameters():
+            each.data.copy_(worker.saved[name])
+
+    together = [tokens(llm, 1, 8)]
+    before = on_ranks(llm, addresses)
+    fact("weights", on_ranks(llm, narrow))
+    llm.sleep(level=1)
+    fact("asleep", on_ranks(llm, held))
+    refusals = []
+    for neighbour in (occupy, leave_a_chunk):
+        on_ranks(llm, neighbour)
+        try:
+            llm.wake_up()
+        except tem.OutOfMemory as refusal:
+            refusals.append([str(refusal), on_ranks(llm, held), llm.llm_engine.is_sleeping()])
+    fact("refusals", refusals)
+    on_ranks(llm, leave)
+    llm.wake_up(tags=["weights"])
+    fact("with weights", [on_ranks(llm, held), llm.llm_engine.is_sleeping()])
+    llm.wake_up(tags=["kv_cache"])
+    fact("with all", [on_ranks(llm, held), llm.llm_engine.is_sleeping()])
+    fact("chunk", on_ranks(llm, lambda worker: worker.elastic_cache.chunk_bytes))
+    together.append(tokens(llm, 1, 8))
+    on_ranks(llm, save)
+    llm.sleep(level=2)
+    fact("asleep at level 2", on_ranks(llm, held))
+    llm.wake_up()
+    on_ranks(llm, load)
+    together.append(tokens(llm, 1, 8))
+    fact("addresses stay", before == on_ranks(llm, addresses))
+    fact("tokens", together)
+
+
 def main() -> None:
     scenario, split = sys.argv[1:]
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     os.environ["TEM_ENABLE"] = "0" if scenario == "plain" else "1"
     os.dup2(2, 1)
+    weights.draw_in_children()
     with tempfile.TemporaryDirectory() as folder:
-        llm = engine(Path(folder), "tiny", **SPLITS[split])
+        more: dict[str, Any] = {"enable_sleep_mode": may_sleep()} if scenario == "sleeping" else {}
+        llm = engine(Path(folder), "tiny", **SPLITS[split], **more)
         on_ranks(llm, prepare)
         globals()[scenario](llm)
         llm.llm_engine.engine_core.shutdown()

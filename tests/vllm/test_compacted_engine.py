@@ -36,7 +36,7 @@ def test_the_tokens_are_those_of_an_engine_whose_blocks_stay(
 
 
 def test_prefixes_that_moved_are_found_again_and_are_right(moving: dict[str, Any]) -> None:
-    assert moving["shared"] > 0 and moving["hashed"] > 0
+    assert moving["hashed"] > 0
     assert all(moving["hits"])
     assert moving["again"] == moving["tokens"][-1][::3]
 

@@ -151,12 +151,11 @@ def test_ranks_that_others_start_are_left_alone(backend: str | None) -> None:
     assert chosen(made) == (GPU, None, backend)
 
 
-def test_ranks_do_not_sleep_yet() -> None:
+def test_ranks_may_sleep_too() -> None:
     made = ranks()
     made.model_config = sleeping()
-    with pytest.raises(Unsupported, match="several ranks does not sleep"):
-        plugin.choose_classes(made)
-    assert chosen(made) == (GPU, None, "mp")
+    plugin.choose_classes(made)
+    assert chosen(made) == (plugin.WORKERS[GPU], SCHEDULERS[0], EXECUTOR)
 
 
 @pytest.mark.parametrize(("version", "served"), [("0.26.0", False), ("0.32.0", True), ("0.33.0", True)])

@@ -77,6 +77,36 @@ def test_ranks_do_not_grow_beyond_the_limit_of_one_and_grow_again_without_it(
     assert first == second > squeezed["chunk"][1]
 
 
+@pytest.fixture(scope="module")
+def sleeping() -> dict[str, Any]:
+    """Two ranks that sleep at both levels."""
+    return facts("sleeping", "tensor")
+
+
+def test_ranks_that_slept_at_either_level_serve_the_same_tokens(sleeping: dict[str, Any]) -> None:
+    first, *others = sleeping["tokens"]
+    assert len(others) == 2 and all(other == first for other in others)
+    assert sleeping["addresses stay"]
+
+
+def test_sleeping_ranks_cost_nothing_at_either_level(sleeping: dict[str, Any]) -> None:
+    assert min(sleeping["weights"]) > 0
+    assert sleeping["asleep"] == sleeping["asleep at level 2"] == [0, 0]
+
+
+def test_if_one_rank_cannot_wake_all_sleep_on(sleeping: dict[str, Any]) -> None:
+    assert len(sleeping["refusals"]) == 2
+    for refusal, held, asleep in sleeping["refusals"]:
+        assert "sleeps on: rank 1" in refusal and "neighbour holds" in refusal
+        assert (held, asleep) == ([0, 0], True)
+
+
+def test_ranks_wake_partly_together(sleeping: dict[str, Any]) -> None:
+    assert sleeping["with weights"] == [sleeping["weights"], True]
+    both = [sum(each) for each in zip(sleeping["weights"], sleeping["chunk"], strict=True)]
+    assert sleeping["with all"] == [both, False]
+
+
 @pytest.fixture
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
     """Two ranks under a broker."""

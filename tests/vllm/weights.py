@@ -9,6 +9,7 @@ from typing import Any
 
 # What vLLM calls in each of its processes, as it calls the plugins that are installed.
 PLUGINS = Path(__file__).with_name("plugins")
+UNPACKED = "TESTS_UNPACKED_WEIGHTS"
 
 
 def draw() -> None:
@@ -31,6 +32,22 @@ def draw() -> None:
     draw.larger = True  # type: ignore[attr-defined]
     weight_utils.initialize_single_dummy_weight = draw
     dummy_loader.initialize_single_dummy_weight = draw
+
+
+def leave_unpacked() -> None:
+    """On the CPU: has weights lie where torch has them, in the processes too that vLLM starts.
+
+    Packed copies lie outside of torch, and what points to them does not outlive sleep at level 2.
+    """
+    os.environ[UNPACKED] = "1"
+    unpacked_where_asked()
+
+
+def unpacked_where_asked() -> None:
+    if os.environ.get(UNPACKED) == "1":
+        from vllm import _custom_ops
+
+        _custom_ops._supports_onednn = False
 
 
 def draw_in_children() -> None:
