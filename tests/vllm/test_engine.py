@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import torch_elastic_mem as tem
+from tests.arena.watch import comes_true
 from tests.broker.service import Service
 from tests.programs import start
 from tests.vllm.facts import Apart, facts, read
@@ -110,9 +112,9 @@ def test_an_idle_engine_in_another_process_yields_obeys_and_serves_on(
     assert apart.comes_down_to(8 * MiB), "an idle engine obeys a limit"
     with ControlClient(apart.service.directory / "control.sock") as control:
         control.set_limits("vllm", {"max": 64 * MiB})
-    apart.service.stop(9)
-    apart.service.start()
     apart.go_on()
+    apart.service.stop(9)  # while it serves
+    apart.service.start()
     assert [first, apart.fact()] == plain["tokens"]
     _, err = apart.program.communicate(timeout=LONG)
     assert apart.program.returncode == 0, err[-3000:]
@@ -149,9 +151,41 @@ def test_an_engine_that_is_shut_down_leaves_its_process_and_the_next_engine_all_
     assert ended["tokens"][0] == ended["tokens"][1]
 
 
-def test_an_engine_that_is_killed_leaves_nothing_behind(apart: Apart) -> None:
+def test_an_engine_that_is_killed_amid_a_yield_leaves_nothing_behind(apart: Apart) -> None:
     apart.fact()
     assert apart.held() > 0
-    subprocess.run(["pkill", "-KILL", "-P", str(apart.program.pid)], check=True)
-    apart.program.kill()
+    with (
+        tem.Arena("host", capacity=100 * MiB, broker=str(apart.service.path)) as arena,
+        arena.account("other", tem.PriorityClass("pressing", 10**6)) as account,
+        ControlClient(apart.service.directory / "control.sock") as control,
+    ):
+        memory = account.range(100 * MiB)
+        asks = control.state().asks
+        subprocess.run(["pkill", "-STOP", "-P", str(apart.program.pid)], check=True)
+        growing = threading.Thread(target=memory.grow, args=(100 * MiB,), kwargs={"timeout": LONG})
+        growing.start()
+        assert comes_true(lambda: control.state().asks > asks)
+        subprocess.run(["pkill", "-KILL", "-P", str(apart.program.pid)], check=True)
+        apart.program.kill()
+        growing.join()
+        assert memory.mapped == 100 * MiB
+        memory.close()
     assert apart.comes_down_to(0)
+
+
+@pytest.mark.slow
+def test_two_engines_of_one_name_are_two_tenants(plain: dict[str, Any], apart: Apart) -> None:
+    other = Apart(apart.service)
+    try:
+        for engine in (apart, other):
+            assert engine.fact()[0] == plain["tokens"][0]
+        with ControlClient(apart.service.directory / "control.sock") as control:
+            tenants = [each for device in control.state().devices for each in device.accounts]
+        assert [each.name for each in tenants] == ["vllm", "vllm"]
+        assert len({each.pid for each in tenants}) == 2
+        for engine in (apart, other):
+            engine.go_on()
+        for engine in (apart, other):
+            assert engine.fact() == plain["tokens"][1]
+    finally:
+        other.end()
