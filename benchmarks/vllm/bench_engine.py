@@ -17,7 +17,7 @@ from benchmarks import machine
 from benchmarks.options import backend_option, errors_as_messages, out_option
 from benchmarks.results import Result, command_line
 from benchmarks.terminal import progress, publish
-from benchmarks.vllm.engine import OURS, STOCK, Opening
+from benchmarks.vllm.engine import KVCACHED, OURS, STOCK, Opening
 from benchmarks.vllm.engine_tables import SQUEEZED, tables
 from benchmarks.vllm.engine_worker import Squeeze
 from benchmarks.vllm.load import Load
@@ -60,7 +60,7 @@ class Rounds:
 
     def run(self, rounds: list[list[Load]]) -> None:
         """The first round warms up, and is not kept."""
-        names = [STOCK, OURS, SQUEEZED]
+        names = [*self._workers, SQUEEZED]
         with progress("serving", sum(map(len, rounds)) * len(names)) as advance:
             for number, loads in enumerate(rounds):
                 for load in loads:
@@ -104,6 +104,7 @@ class Rounds:
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="Turns of each.")
 @click.option("--seconds", default=8.0, show_default=True, help="How long requests arrive, at each rate.")
 @click.option("--eager", is_flag=True, help="Without CUDA graphs and compilation.")
+@click.option("--kvcached", is_flag=True, help="Beside kvcached too, which is to be installed.")
 @out_option
 def main(
     backend: str,
@@ -112,6 +113,7 @@ def main(
     rounds: int,
     seconds: float,
     eager: bool,
+    kvcached: bool,
     out: Path | None,
 ) -> None:
     """One model under stock vLLM and under ours, at rates from light to beyond saturation."""
@@ -124,7 +126,8 @@ def main(
     turns[0] = turns[0][-1:]
     granularity = 2 * MIB
     squeeze = Squeeze(int(kv * (1 - LEFT)) // granularity * granularity, 1.0 if on_cuda else 0.3)
-    with errors_as_messages(), started("vllm.engine_worker", [STOCK, OURS], backend) as workers:
+    contenders = [STOCK, KVCACHED, OURS] if kvcached else [STOCK, OURS]
+    with errors_as_messages(), started("vllm.engine_worker", contenders, backend) as workers:
         asked = {"open": msgspec.to_builtins(opening)}
         with progress("starting the engines", len(workers)) as advance, ThreadPoolExecutor() as starting:
             opened = {name: starting.submit(worker.ask, asked, STARTING) for name, worker in workers.items()}

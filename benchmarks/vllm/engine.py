@@ -1,10 +1,11 @@
-"""A vLLM engine in this process, stock or on an arena, whose inside can be looked at."""
+"""A vLLM engine in this process, stock, on an arena or by kvcached, whose inside can be looked at."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ from benchmarks.vllm import shapes
 
 OURS = "ours"
 STOCK = "stock"
+KVCACHED = "kvcached"
+# What has kvcached change vLLM as it is imported; its patches need the V1 runner.
+_KVCACHED = {
+    "ENABLE_KVCACHED": "true",
+    "KVCACHED_AUTOPATCH": "1",
+    "KVCACHED_IPC_NAME": "tem-bench",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+}
 
 
 class Opening(msgspec.Struct):
@@ -37,8 +46,11 @@ def prepare(contender: str, **variables: str) -> None:
     """Sets this process's environment, before vLLM is imported.
 
     Args:
-        contender: STOCK or OURS.
+        contender: STOCK, OURS or KVCACHED.
         variables: more of it.
+
+    Raises:
+        ImportError: kvcached is wanted and not installed.
     """
     # It would go over the bytes that an engine is opened with.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
@@ -49,6 +61,10 @@ def prepare(contender: str, **variables: str) -> None:
         VLLM_NO_USAGE_STATS="1",
         HF_HUB_OFFLINE="1",
     )
+    if contender == KVCACHED:
+        os.environ.update(_KVCACHED)
+        # Its patches come with vLLM's modules; a `.pth` file of its own has done this where it was installed.
+        import_module("kvcached.autopatch")
 
 
 class Engine:
@@ -92,7 +108,8 @@ class Engine:
         self.cache: Any = self.worker.elastic_cache if ours else None
         self.arena: Any = self.worker.elastic_arena if ours else None
         self._pool = self.scheduler.kv_cache_manager.block_pool
-        self.block_bytes = opening.kv_bytes // len(self._pool.blocks)
+        self._blocks = int(self.scheduler.cache_config.num_gpu_blocks)
+        self.block_bytes = opening.kv_bytes // self._blocks
         self._seconds = time.perf_counter() - started
         self.preempted = 0
         self._count_preempted()
@@ -103,7 +120,7 @@ class Engine:
             "seconds": self._seconds,
             "runner": type(self.worker.model_runner).__module__,
             "scheduler": type(self.scheduler).__name__,
-            "blocks": len(self._pool.blocks),
+            "blocks": self._blocks,
         }
         if self.cache is not None:
             facts |= {"chunk_bytes": self.cache.chunk_bytes, "uuid": self.arena.uuid}
@@ -114,7 +131,7 @@ class Engine:
         if self.cache is not None:
             with self.scheduler.elastic.lock:
                 return int(self.scheduler.elastic.balloon.in_use())
-        return len(self._pool.blocks) - 1 - int(self._pool.get_num_free_blocks())
+        return self._blocks - 1 - int(self._pool.get_num_free_blocks())
 
     def _count_preempted(self) -> None:
         plain = self.scheduler._preempt_request
