@@ -55,20 +55,18 @@ class ElasticExecutor(MultiprocExecutor):
         self.elastic_together = Together(ranks, self._attempt)
         return done
 
-    def collective_rpc(
-        self, method: Any, timeout: float | None = None, args: Any = (), kwargs: Any = None, **how: Any
-    ) -> Any:
+    def collective_rpc(self, method: Any, *more: Any, **named: Any) -> Any:
         """As vLLM's, but for sleep and wake-up."""
-        if self.elastic_together is not None and method in TOGETHER:
-            return getattr(self.elastic_together, method)(*args, **(kwargs or {}))
-        return super().collective_rpc(method, timeout, args, kwargs, **how)
+        if self.elastic_together is None or method not in TOGETHER:
+            return super().collective_rpc(method, *more, **named)
+        return getattr(self.elastic_together, method)(*named.get("args", ()), **named.get("kwargs", {}))
 
     def _attempt(self, method: str, *args: object) -> list[str | None]:
         return list(super().collective_rpc(attempt, args=(method, *args)))
 
     def shutdown(self) -> None:
         """As vLLM's."""
-        super().shutdown()
+        super().shutdown()  # type: ignore[no-untyped-call]
         if self.elastic_door is not None:
             self.elastic_door.close()
         if self.elastic_ranks is not None:

@@ -42,8 +42,9 @@ def vllm() -> str:
     entries.mkdir(parents=True, exist_ok=True)
     run(PYTHON, "setup.py", "--quiet", "egg_info", "--egg-base", entries)
     paths = {"PYTHONPATH": f"{ROOT}:{entries}", "TEM_BROKER": "0"}
+    typed = _types(python)
     tested = closing_line(run(python, "-m", "pytest", "tests/vllm", "-m", "not slow", env=paths)).strip("= ")
-    return f"{VLLM}: {tested}\n{NEWEST}: {_types(python)}"
+    return f"{VLLM}: {tested}\n{NEWEST}: {typed}"
 
 
 def _types(python: Path) -> str:
