@@ -85,12 +85,13 @@ class Controller:
         ]
         self._teller = Teller(account, balloon)
 
-    def before_step(self, needed: Callable[[], int], ahead: int) -> None:
+    def before_step(self, needed: Callable[[], int], low: int, high: int) -> None:
         """The engine's thread is about to schedule, with the lock held.
 
         Args:
             needed: blocks that the step can use at most; asked for only where they may be short.
-            ahead: unused blocks to have at hand.
+            low: unused blocks to have at hand.
+            high: unused blocks to get once there are fewer, so that not every prompt grows the cache.
         """
         if self._away:
             return
@@ -100,14 +101,14 @@ class Controller:
         self._pay()
         if not self.balloon.parked or self._demands or self.draining:
             return
-        unused = self.balloon.unused(ahead)
-        if unused >= ahead:
+        unused = self.balloon.unused(low)
+        if unused >= low:
             return
         wanted = needed()
         missing = wanted - unused
         # What is cached and free would serve as well, at the cost of a prefix.
-        short = self.balloon.free_blocks < max(ahead, wanted)
-        self._grow(max(ahead - unused, missing), short)
+        short = self.balloon.free_blocks < max(low, wanted)
+        self._grow(max(high - unused, missing), short)
         while missing > 0 and self.grower.coming and not self.grower.resting(short):
             if (left := self._patient_until - time.monotonic()) <= 0:
                 break

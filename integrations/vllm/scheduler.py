@@ -25,6 +25,9 @@ else:
 
 log = logging.getLogger("vllm.torch_elastic_mem")
 
+# Of what the largest step may use, the part that a growth brings beyond it.
+MARGIN = 8
+
 
 class Elastic(Base):
     """Mixed into a scheduler class of vLLM's, before it.
@@ -56,7 +59,8 @@ class Elastic(Base):
         if isinstance(cache, ElasticCache):
             self.elastic.mover = self._mover(cache)
         self._memory = cache
-        self._ahead = ahead - 1
+        self._low = ahead - 1
+        self._high = self._low + ahead // MARGIN
         specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
         self._block_sizes = [spec.block_size for spec in specs]
         self._states = sum(map(compat.states, specs))
@@ -64,7 +68,7 @@ class Elastic(Base):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """One step, after the pool has been given what the step may use and has lost what others want."""
         with self.elastic.lock:
-            self.elastic.before_step(self._needed, self._ahead)
+            self.elastic.before_step(self._needed, self._low, self._high)
             with self._admissions():
                 output = super().schedule(*args, **kwargs)
             self.elastic.step_scheduled()

@@ -59,6 +59,20 @@ def test_what_is_coming_is_not_asked_for_again(small: Engine, monkeypatch: pytes
     small.assert_sound()
 
 
+def test_a_growth_goes_on_to_the_upper_mark_so_that_the_next_steps_have_enough(small: Engine) -> None:
+    small.step(needed=1, ahead=4, high=10)
+    small.controller.grower.wait(LONG)
+    small.step(needed=1, ahead=4, high=10)
+    assert len(free_ids(small.pool)) == 11
+    small.requests.append(small.pool.get_new_blocks(7))
+    small.step(needed=1, ahead=4, high=10)
+    assert small.controller.grower.coming == [], "four are left"
+    small.requests.append(small.pool.get_new_blocks(1))
+    small.step(needed=1, ahead=4, high=10)
+    assert len(small.controller.grower.coming) == 4
+    small.assert_sound()
+
+
 def test_nothing_is_asked_for_while_enough_is_unused(full: Engine) -> None:
     full.pressing.grow(4 * CHUNK, timeout=LONG)
 
@@ -66,7 +80,7 @@ def test_nothing_is_asked_for_while_enough_is_unused(full: Engine) -> None:
         raise AssertionError("what a step needs is counted only where it may be short")
 
     with full.controller.lock:
-        full.controller.before_step(unexpected, 10)
+        full.controller.before_step(unexpected, 10, 10)
     assert full.controller.grower.coming == []
     assert full.balloon.parked == 4
 
