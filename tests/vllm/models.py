@@ -95,6 +95,8 @@ def arguments(kind: str, folder: Path) -> dict[str, Any]:
             extra = {"cpu_bytes_to_use": 64 * MiB}
             connector = {"kv_connector": "SimpleCPUOffloadConnector", "kv_role": "kv_both"}
             return {"kv_transfer_config": connector | {"kv_connector_extra_config": extra}}
+        case "fp8":
+            return {"kv_cache_dtype": "fp8_e4m3"}
         case "lora":
             return {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1, "max_cpu_loras": 1}
     return {}

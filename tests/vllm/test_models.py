@@ -9,11 +9,19 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import torch
+
 from tests.programs import end, start
 from tests.vllm.facts import read
 from tests.vllm.models import CACHE
 
 pytestmark = pytest.mark.timeout(900)
+
+
+needs_fp8 = pytest.mark.skipif(
+    not (torch.cuda.is_available() or torch.cpu._is_avx512_supported()),
+    reason="vLLM has no kernel for FP8 on this processor",
+)
 
 
 def facts(how: str, kind: str) -> dict[str, Any]:
@@ -32,6 +40,7 @@ def facts(how: str, kind: str) -> dict[str, Any]:
         pytest.param("reload", ["FullAttentionSpec"], marks=pytest.mark.slow),
         pytest.param("reset", ["FullAttentionSpec"], marks=pytest.mark.slow),
         pytest.param("simple_offload", ["FullAttentionSpec"], marks=pytest.mark.slow),
+        pytest.param("fp8", ["FullAttentionSpec"], marks=[pytest.mark.slow, needs_fp8]),
     ],
 )
 def test_it_serves_the_same_tokens(kind: str, groups: list[str]) -> None:
