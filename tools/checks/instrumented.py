@@ -2,7 +2,7 @@
 
 FOLDER is where the package must come from; PYTHONPATH has to lead there. Tests of the core are those that
 take a rung, and those marked `core`, since a state machine of hypothesis takes none. Tests whose arenas live
-in processes of their own (`machine`) run on the everyday build wherever they run.
+in processes of their own run on the everyday build wherever they run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+
+# Fixtures with arenas in processes of their own.
+ELSEWHERE = {"machine", "sharer"}
 
 
 class CoreTests:
@@ -22,7 +26,7 @@ class CoreTests:
 
 def takes_rung(item: pytest.Item) -> bool:
     names = getattr(item, "fixturenames", ())
-    return "rung" in names and "machine" not in names
+    return "rung" in names and ELSEWHERE.isdisjoint(names)
 
 
 def main() -> int:
