@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-
 # Fixtures with arenas in processes of their own.
 ELSEWHERE = {"machine", "sharer"}
 
