@@ -21,5 +21,8 @@ STEPS: dict[str, Callable[[], str]] = {
     "wheel-cuda": packaging.wheel_cuda,
 }
 
+# They compile and install for the most part, and run beside the others, in what those leave of the machine.
+BESIDE = ("tsan", "pythons", "wheel-cuda")
+
 # Left out of a run that names no steps, except in CI.
 ON_REQUEST = {"vllm": "installs 3 GB", "wheel-cuda": "installs several GB"}

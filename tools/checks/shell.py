@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "check"
 PYTHON = sys.executable
 LAST_WORDS = 200  # lines: a sanitizer's report with the interpreter's frames is long
+
+
+class _Way(threading.local):
+    """How a thread runs programs: the words before theirs."""
+
+    def __init__(self) -> None:
+        self.before: list[str] = []
+
+
+_way = _Way()
+_running: set[subprocess.Popen[str]] = set()
+_ended = threading.Event()
 
 
 class Failed(Exception):
@@ -34,12 +49,47 @@ def run(*command: str | Path, env: Mapping[str, str] | None = None) -> str:
     Raises:
         Failed: it ended with another code than 0. The text has the command and the end of both its streams.
     """
-    words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True)
-    if done.returncode:
-        lines = (done.stdout + done.stderr).splitlines()[-LAST_WORDS:]
-        raise Failed("\n".join([f"exit code {done.returncode} from: {' '.join(words)}", *lines]))
-    return done.stdout
+    if _ended.is_set():
+        raise Failed("ended because another step has failed")
+    words = [*_way.before, *(str(word) for word in command)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        process_group=0,
+    ) as program:
+        _running.add(program)
+        if _ended.is_set():
+            end_programs()
+        try:
+            out, err = program.communicate()
+        except BaseException:
+            os.killpg(program.pid, signal.SIGKILL)
+            raise
+        finally:
+            _running.discard(program)
+    if program.returncode:
+        lines = (out + err).splitlines()[-LAST_WORDS:]
+        raise Failed("\n".join([f"exit code {program.returncode} from: {' '.join(words)}", *lines]))
+    return out
+
+
+def give_way() -> None:
+    """Programs that this thread runs from now on have what those of others leave."""
+    _way.before = ["nice", "-n", "19"]
+
+
+def end_programs() -> None:
+    """Ends those that run, and what they have started; none begins any more."""
+    _ended.set()
+    for program in list(_running):
+        with suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
 
 
 def tool(name: str) -> Path:
