@@ -43,9 +43,8 @@ def test_what_is_idle_has_a_descriptor_each_in_time(opened: Opened, broker: Scri
     assert comes_true(lambda: descriptors_of({file}) == 1), "nothing of what has been passed on is left"
 
 
-def test_what_is_in_use_is_not_exported(rung: Rung, opened: Opened, broker: Scripted) -> None:
-    if not isinstance(rung, FakeRung):
-        pytest.skip("counts the driver's calls")
+@pytest.mark.rungs("fake")
+def test_what_is_in_use_is_not_exported(rung: FakeRung, opened: Opened, broker: Scripted) -> None:
     before = exports(rung)
     account, _ = opened()
     used = account.range(16 * MiB, keep=16 * MiB, extent=EXTENT)
@@ -56,9 +55,10 @@ def test_what_is_in_use_is_not_exported(rung: Rung, opened: Opened, broker: Scri
     assert memory.mapped == 0
 
 
-def test_giving_what_was_exported_ahead_exports_nothing(rung: Rung, opened: Opened, broker: Scripted) -> None:
-    if not isinstance(rung, FakeRung):
-        pytest.skip("counts the driver's calls")
+@pytest.mark.rungs("fake")
+def test_giving_what_was_exported_ahead_exports_nothing(
+    rung: FakeRung, opened: Opened, broker: Scripted
+) -> None:
     before = exports(rung)
     account, number = opened()
     memory = idle(account, 16 * MiB)
@@ -85,9 +85,8 @@ def test_memory_that_goes_to_the_device_is_not_kept_by_its_descriptor(
     assert arena.snapshot().lost == 0
 
 
-def test_at_most_so_many_of_a_range_cost_a_descriptor(rung: Rung, tmp_path: Path) -> None:
-    if not isinstance(rung, FakeRung):
-        pytest.skip("counts the driver's calls")
+@pytest.mark.rungs("fake")
+def test_at_most_so_many_of_a_range_cost_a_descriptor(rung: FakeRung, tmp_path: Path) -> None:
     broker = Scripted(tmp_path, free=256 * MiB)
     try:
         account = rung.arena("256MiB", broker=broker.path).account("training", "training")
@@ -106,12 +105,11 @@ def test_at_most_so_many_of_a_range_cost_a_descriptor(rung: Rung, tmp_path: Path
         broker.close()
 
 
+@pytest.mark.rungs("fake")
 @pytest.mark.parametrize("nth", range(1, 7))
 def test_whichever_call_fails_meanwhile_nothing_is_lost(
-    rung: Rung, arena: tem.Arena, opened: Opened, broker: Scripted, nth: int
+    rung: FakeRung, arena: tem.Arena, opened: Opened, broker: Scripted, nth: int
 ) -> None:
-    if not isinstance(rung, FakeRung):
-        pytest.skip("arms the driver")
     account, number = opened()
     memory = account.range(16 * MiB, keep=16 * MiB, extent=EXTENT)
     memory.grow(16 * MiB)
