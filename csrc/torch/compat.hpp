@@ -1,4 +1,4 @@
-// What differs between the minor versions of torch that this builds for: 2.11 to 2.14.
+// What differs between the minor versions of torch that this builds for: 2.11 to 2.15.
 #pragma once
 
 #include <torch/headeronly/version.h>

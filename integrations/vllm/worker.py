@@ -124,8 +124,9 @@ class Elastic(Base):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """As vLLM's. Without an output yet, sampling follows, which may run a draft model over the cache."""
-        if self.elastic_rank is not None:
-            self.elastic_rank.step_begins(scheduler_output.elastic_step)
+        number = getattr(scheduler_output, "elastic_step", None)  # a step of the warm-up has none
+        if self.elastic_rank is not None and number is not None:
+            self.elastic_rank.step_begins(number)
         output = super().execute_model(scheduler_output)
         if output is not None and self.elastic_cache is not None:
             self.elastic_cache.on_enqueued()

@@ -91,7 +91,7 @@ def test_the_arena_is_left_as_it_was(arena: tem.Arena, broker: Broker) -> None:
 def test_a_share_that_does_not_fit_leaves_nothing(arena: tem.Arena, broker: Broker) -> None:
     before = broker.descriptors()
     with pytest.raises(tem.OutOfMemory):
-        tem.share({"a": torch.empty(600 * MiB, dtype=torch.bfloat16)}, "base", arena=arena)
+        tem.share({"a": torch.ones(1).expand(arena.capacity)}, "base", arena=arena)
     until(lambda: broker.leased() == 0 and broker.descriptors() <= before)
     assert arena.snapshot().accounts == [] and broker.state()["shared"] == []
 

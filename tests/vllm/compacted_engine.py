@@ -40,7 +40,8 @@ class Squeezing:
         self.elastic, self.cache = core.scheduler.elastic, core.scheduler.elastic._cache
         self.met: list[bool] = []
         self.moved: list[int] = []
-        self.shared = self.hashed = self.preempted = 0
+        self.shared = self.hashed = 0
+        self.preempted: list[dict[str, Any]] = []
         self._steps = 0
         self._arena = core.model_executor.driver_worker.worker.elastic_arena
         confine(self._arena, self.cache)
@@ -57,7 +58,7 @@ class Squeezing:
             plain_move(moves)
 
         def preempt(*args: Any, **more: Any) -> None:
-            self.preempted += 1
+            self.preempted.append(self._why())
             plain_preempt(*args, **more)
 
         self.elastic.balloon.move, self.scheduler._preempt_request = move, preempt
@@ -75,6 +76,16 @@ class Squeezing:
     def _only_long_ones(self) -> bool:
         left = self.scheduler.requests.values()
         return bool(left) and all(each.max_tokens == LONG for each in left)
+
+    def _why(self) -> dict[str, Any]:
+        elastic, balloon = self.elastic, self.elastic.balloon
+        return {
+            "demands": [(each.rung, each.nbytes) for each in elastic._demands],
+            "blocks": repr(balloon.counts()),
+            "chunks": len(balloon.resident()),
+            "steps": elastic._steps,
+            "growing": elastic.grower.working,
+        }
 
     def end(self) -> None:
         if self._asking is not None:

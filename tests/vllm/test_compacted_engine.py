@@ -26,7 +26,7 @@ def moving() -> dict[str, Any]:
 
 def test_what_sparse_chunks_hold_is_had_without_preempting_anybody(moving: dict[str, Any]) -> None:
     assert moving["moved"] and all(moving["met"])
-    assert moving["preempted"] == 0
+    assert moving["preempted"] == []
 
 
 def test_the_tokens_are_those_of_an_engine_whose_blocks_stay(
@@ -45,5 +45,5 @@ def test_prefixes_that_moved_are_found_again_and_are_right(moving: dict[str, Any
 def test_blocks_of_several_groups_of_layers_move() -> None:
     plain, moving = (facts(each, "tiny-windows", PROGRAM) for each in ("plain", "moving"))
     assert moving["moved"] and all(moving["met"])
-    assert moving["preempted"] == 0
+    assert moving["preempted"] == []
     assert moving["tokens"] == plain["tokens"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +12,10 @@ pytest.importorskip("vllm")
 
 import torch
 
-from tests.vllm.facts import facts
+from tests.programs import start
+from tests.vllm.engine import CACHE
+from tests.vllm.facts import facts, read
+from torch_elastic_mem.broker.control import ControlClient
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,7 +55,7 @@ def test_an_engine_that_is_squeezed_serves_the_same_tokens(told: dict[tuple[str,
 def test_blocks_of_running_requests_move(told: dict[tuple[str, str], Any]) -> None:
     plain, moving = of(told, "plain", MOVED), of(told, "moving", MOVED)
     assert moving["moved"] and all(moving["met"])
-    assert moving["preempted"] == 0
+    assert moving["preempted"] == []
     assert moving["tokens"] == plain["tokens"]
     assert all(moving["hits"]) and moving["again"] == moving["tokens"][-1][::3]
 
@@ -61,3 +65,33 @@ def test_a_sleeper_holds_nothing_and_wakes_up_as_it_was(told: dict[tuple[str, st
     assert sleeping["asleep"] == sleeping["asleep at level 2"][0] == 0
     assert sleeping["addresses stay"] and sleeping["buffers"]
     assert all(each == sleeping["tokens"][0] for each in sleeping["tokens"])
+
+
+def test_under_tem_run_its_cache_and_its_torch_are_one_tenant(
+    told: dict[tuple[str, str], Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TEM_BROKER", raising=False)
+    # The path of a socket is short.
+    runtime = tmp_path_factory.mktemp("r")
+    tem_run = ["-c", "from torch_elastic_mem.cli import main; main()", "run"]
+    engine = [sys.executable, "-m", "tests.vllm.engine", "apart", "tiny"]
+    options = ["--priority", "serving", "--name", "chat", "--max", "8GiB", "--"]
+    program = start(*tem_run, *options, *engine, TEM_RUNTIME_DIR=str(runtime))
+    try:
+        assert program.stdout is not None
+        line = program.stdout.readline()
+        assert line, program.communicate()[1][-5000:]
+        first = read(line)[1][0]
+        with ControlClient(runtime / "control.sock") as control:
+            tenants = [each for device in control.state().devices for each in device.accounts]
+        (chat,) = (each for each in tenants if each.blocks is not None)
+        assert (chat.name, chat.priority) == ("chat", "serving")
+        here = chat.blocks.in_use + chat.blocks.cached + chat.blocks.free
+        cached = here * CACHE // (here + chat.blocks.parked)
+        assert chat.held > cached > 0, "weights and activations are in its books too"
+    finally:
+        out, err = program.communicate("\n", timeout=120)
+    assert program.returncode == 0, err[-3000:]
+    assert [first, read(out.splitlines()[0])[1]] == of(told, "plain")["tokens"]
