@@ -59,12 +59,16 @@ class Rounds:
         self.failures: dict[str, str] = {}
 
     def run(self, rounds: list[list[Load]]) -> None:
-        """The first round warms up, and is not kept."""
+        """The first round warms up, and is not kept. Each begins with another contender.
+
+        Who follows a heavy load finds a hotter device, and who follows the squeeze has lost its memory.
+        """
         names = [*self._workers, SQUEEZED]
         with progress("serving", sum(map(len, rounds)) * len(names)) as advance:
             for number, loads in enumerate(rounds):
+                first = number % len(names)
                 for load in loads:
-                    for name in names:
+                    for name in names[first:] + names[:first]:
                         self._take(load, name, kept=number > 0)
                         advance(1)
                         if number > 0 and name == OURS and load is loads[-1]:
