@@ -7,8 +7,9 @@ that share extents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import Any, Protocol
 
 from torch_elastic_mem.integrations.vllm import compat
@@ -100,13 +101,13 @@ class Balloon:
 
     def park(self, chunks: Iterable[int]) -> None:
         """Takes chunks that nobody uses out of the pool; what is cached in them is forgotten."""
-        for chunk in chunks:
-            blocks = self.of(chunk)
-            if cached := {block.block_id for block in blocks if block.block_hash is not None}:
-                self._pool.evict_blocks(cached)
-            self._pool.touch(blocks)
-            self._out.add(chunk)
-            self.parked_blocks += len(blocks)
+        taken = list(chunks)
+        blocks = [block for chunk in taken for block in self.of(chunk)]
+        if cached := {block.block_id for block in blocks if block.block_hash is not None}:
+            self._pool.evict_blocks(cached)
+        self._pool.touch(blocks)
+        self._out.update(taken)
+        self.parked_blocks += len(blocks)
         self._counted = 0
 
     def unpark(self, chunks: Iterable[int]) -> None:
@@ -126,16 +127,19 @@ class Balloon:
 
         By chunk rather than by block: what is cached beside it goes with a block in any case.
         """
-        order = self._warmth()
-        costs = []
-        for chunk in range(1, self.num_chunks):
-            if chunk in self._out:
-                continue
-            blocks = self.of(chunk)
-            if any(map(_held, blocks)):
-                continue
-            places = [order[block.block_id] for block in blocks if block.block_id in order]
-            costs.append(Cost(len(places), max(places, default=-1), -chunk))
+        size = self._size
+        free, cached, used = ([start] * self.num_chunks for start in (0, 0, -1))
+        for place, block in enumerate(self._free()):
+            chunk = block.block_id // size
+            free[chunk] += 1
+            if block.block_hash is not None:
+                cached[chunk] += 1
+                used[chunk] = place
+        costs = [
+            Cost(cached[chunk], used[chunk], -chunk)
+            for chunk in range(1, self.num_chunks)
+            if free[chunk] and free[chunk] == len(self.of(chunk))
+        ]
         return [-cost.chunk for cost in sorted(costs)[:count]]
 
     def occupancy(self, fixed: Callable[[int], bool]) -> list[Chunk]:
@@ -167,13 +171,16 @@ class Balloon:
 
     def _warmth(self) -> dict[int, int]:
         """The cached blocks that nobody holds, by how late they were used."""
-        order: dict[int, int] = {}
+        return {
+            block.block_id: place for place, block in enumerate(self._free()) if block.block_hash is not None
+        }
+
+    def _free(self) -> Iterator[Any]:
+        """The blocks that nobody holds, those first that were used longest ago."""
         block = self._pool.free_block_queue.fake_free_list_head.next_free_block
         while block is not None and block.next_free_block is not None:
-            if block.block_hash is not None:
-                order[block.block_id] = len(order)
+            yield block
             block = block.next_free_block
-        return order
 
     @property
     def free_blocks(self) -> int:
@@ -191,12 +198,8 @@ class Balloon:
         return self._counted - self._taken
 
     def _count(self, most: int) -> int:
-        block = self._pool.free_block_queue.fake_free_list_head.next_free_block
-        count = 0
-        while count < most and block.next_free_block is not None and block.block_hash is None:
-            count += 1
-            block = block.next_free_block
-        return count
+        unused = takewhile(lambda block: block.block_hash is None, self._free())
+        return sum(1 for _ in islice(unused, most))
 
     def _count_taken(self, pool: Any) -> None:
         plain = pool.get_new_blocks
