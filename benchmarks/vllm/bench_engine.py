@@ -61,9 +61,22 @@ class Rounds:
     def run(self, rounds: list[list[Load]]) -> None:
         """The first round warms up, and is not kept. Each begins with another contender.
 
-        Who follows a heavy load finds a hotter device, and who follows the squeeze has lost its memory.
+        Who follows a heavy load finds a hotter device, and who follows the squeeze has lost its memory. An
+        interrupt ends it. Rounds count that all have served who did not fail.
         """
         names = [*self._workers, SQUEEZED]
+        try:
+            self._run(rounds, names)
+        except KeyboardInterrupt:
+            self.failures["the rest"] = "interrupted"
+        for load, answers in self.loads.items():
+            left = [len(answers.get(name, [])) for name in names if name not in self.failures]
+            whole = min(left, default=0)
+            self.loads[load] = {
+                name: answers[name][:whole] for name in names if len(answers.get(name, [])) >= whole > 0
+            }
+
+    def _run(self, rounds: list[list[Load]], names: list[str]) -> None:
         with progress("serving", sum(map(len, rounds)) * len(names)) as advance:
             for number, loads in enumerate(rounds):
                 first = number % len(names)

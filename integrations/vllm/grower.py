@@ -18,7 +18,7 @@ REST = 0.1
 # rather not give up what it has cached itself; everything, once it has not even that.
 WARM, SHORT = "evict", "pause"
 # Chunks mapped by one call; each call is all or nothing.
-BATCH = 8
+BATCH = 4
 
 
 class Memory(Protocol):

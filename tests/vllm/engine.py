@@ -82,15 +82,19 @@ def confine(arena: Any, cache: Any) -> None:
 
 
 class Pressing:
-    """Somebody of a higher class in this process, who takes up to three quarters and gives them back."""
+    """Somebody of a higher class in this process, who takes up to three quarters and gives them back.
 
-    def __init__(self, worker: Any) -> None:
+    The rung is the dearest that others are asked for.
+    """
+
+    def __init__(self, worker: Any, rung: str = "pause") -> None:
         import torch_elastic_mem as tem
 
         self.arena, self.cache = worker.elastic_arena, worker.elastic_cache
         confine(self.arena, self.cache)
         self.account = self.arena.account("pressing", tem.PriorityClass("pressing", 10**6))
         self.range = self.account.range("1GiB")
+        self._rung = rung
         self.met: list[bool] = []
         self.least = CACHE
         self._done = threading.Event()
@@ -111,7 +115,8 @@ class Pressing:
         while not self._done.wait(0.05):
             wanted = int(rng.choice((0.25, 0.5, 0.75)) * self.arena.capacity) // (2 * MiB) * 2 * MiB
             try:
-                self.range.grow(wanted, timeout=5.0)
+                with self.account.reserve(wanted, timeout=5.0, rung=self._rung):
+                    self.range.grow(wanted)
             except tem.OutOfMemory:
                 self.met.append(False)
                 continue

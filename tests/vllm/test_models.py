@@ -34,6 +34,7 @@ def facts(how: str, kind: str) -> dict[str, Any]:
     ("kind", "groups"),
     [
         ("states", ["MambaSpec", "FullAttentionSpec"]),
+        pytest.param("mla", ["MLAAttentionSpec"], marks=pytest.mark.slow),
         pytest.param("ngram", ["FullAttentionSpec"], marks=pytest.mark.slow),
         pytest.param("eagle", ["FullAttentionSpec"], marks=pytest.mark.slow),
         pytest.param("lora", ["FullAttentionSpec"], marks=pytest.mark.slow),

@@ -1,0 +1,72 @@
+"""bench_engine's rounds: who serves when, and what counts of a run that does not come to its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.vllm.bench_engine import Rounds
+from benchmarks.vllm.engine import KVCACHED, OURS, STOCK
+from benchmarks.vllm.engine_tables import SQUEEZED
+from benchmarks.vllm.engine_worker import Squeeze
+from benchmarks.vllm.load import Load
+from benchmarks.worker import WorkerError
+
+LOADS = [Load(4.0, 8, 16, 16, 1, 100), Load(0.0, 8, 16, 16, 2, 100)]
+
+
+class Contender:
+    """Serves until its patience is at an end."""
+
+    def __init__(self, name: str, asked: list[str], ends: tuple[int, type[BaseException]] | None) -> None:
+        self._name, self._asked, self._ends = name, asked, ends
+        self._served = 0
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        if "idle" in request:
+            return {}
+        self._served += 1
+        if self._ends is not None and self._served > self._ends[0]:
+            raise self._ends[1]("no more")
+        self._asked.append(SQUEEZED if "squeeze" in request else self._name)
+        return {"seed": request["load"]["seed"]}
+
+
+def served(**ends: tuple[int, type[BaseException]]) -> tuple[Rounds, list[str]]:
+    asked: list[str] = []
+    workers: Any = {name: Contender(name, asked, ends.get(name)) for name in (STOCK, KVCACHED, OURS)}
+    rounds = Rounds(workers, Squeeze(1, 1.0))
+    rounds.run([LOADS[-1:], LOADS, LOADS])
+    return rounds, asked
+
+
+def counts(rounds: Rounds) -> list[dict[str, int]]:
+    return [{name: len(seen) for name, seen in answers.items()} for answers in rounds.loads.values()]
+
+
+def test_each_round_begins_with_another_contender() -> None:
+    _, asked = served()
+    names = [STOCK, KVCACHED, OURS, SQUEEZED]
+    assert asked[:4] == names
+    assert asked[4:12] == 2 * (names[1:] + names[:1])
+    assert asked[12:] == 2 * (names[2:] + names[:2])
+
+
+def test_contenders_stand_in_one_order_however_they_took_turns() -> None:
+    rounds, _ = served()
+    assert counts(rounds) == 2 * [dict.fromkeys([STOCK, KVCACHED, OURS, SQUEEZED], 2)]
+    assert list(rounds.loads["4/s"]) == [STOCK, KVCACHED, OURS, SQUEEZED]
+
+
+def test_one_that_fails_half_way_is_named_and_the_others_count() -> None:
+    rounds, _ = served(kvcached=(4, WorkerError))
+    assert list(rounds.failures) == [KVCACHED]
+    assert counts(rounds) == [{STOCK: 2, KVCACHED: 2, OURS: 2, SQUEEZED: 2}, {STOCK: 2, OURS: 2, SQUEEZED: 2}]
+
+
+@pytest.mark.parametrize(("turns", "whole"), [(3, [1, 1]), (4, [2, 1])])
+def test_of_a_run_that_is_interrupted_whole_rounds_count(turns: int, whole: list[int]) -> None:
+    rounds, _ = served(stock=(turns, KeyboardInterrupt))
+    assert rounds.failures == {"the rest": "interrupted"}
+    assert [set(each.values()) for each in counts(rounds)] == [{each} for each in whole]
