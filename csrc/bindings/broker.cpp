@@ -6,6 +6,7 @@
 
 #include "bindings/bindings.hpp"
 #include "broker/teller.hpp"
+#include "core/fd_table.hpp"
 #include "ledger/till.hpp"
 
 namespace tem {
@@ -104,6 +105,7 @@ void bind_broker(py::module_& module) {
              return letter ? py::object(py::make_tuple(letter->number, message_of(*letter))) : py::none();
            })
       .def("close", &TellerHandle::close);
+  module.def("widen_descriptor_table", &widen_descriptor_table, py::arg("descriptors"));
 }
 
 }  // namespace tem

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/fd_table.hpp"
 #include "core/sizes.hpp"
 
 namespace tem::client {
@@ -10,6 +11,8 @@ namespace {
 
 constexpr double kAnswer = 5.0;  // seconds for an answer that needs nobody's yield
 constexpr double kGrace = 0.1;   // beyond a demand's deadline, by which the broker has answered it
+// Of memory that is passed on: with the largest extents, 256 GiB.
+constexpr size_t kDescriptors = 4096;
 
 uint64_t microseconds(Deadline deadline) {
   const double left = std::max(0.0, seconds_until(deadline));
@@ -32,6 +35,7 @@ std::shared_ptr<Client> Client::connect(const std::string& path, Identity identi
 void Client::start(const std::shared_ptr<Arena>& arena) {
   owner_ = arena;
   arena_ = arena.get();
+  if (!arena->device().exchange.empty()) widen_descriptor_table(kDescriptors);
   receiver_ = std::thread([self = shared_from_this()] { self->listen(); });
 }
 

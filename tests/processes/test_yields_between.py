@@ -33,6 +33,16 @@ def test_what_a_process_yields_is_the_very_memory_that_the_other_gets(machine: M
     assert taker.files()[file] == 56 * MiB
 
 
+def test_no_yield_waits_for_the_kernel_to_widen_a_table_of_descriptors(machine: Machine) -> None:
+    for pid, wanted in ((machine.peer().pid, 4096), (machine.service.pid, 1 << 16)):
+        limit = int(file_of(pid, "limits").split("Max open files")[1].split()[0])
+        assert int(file_of(pid, "status").split("FDSize:")[1].split()[0]) >= min(wanted, limit)
+
+
+def file_of(pid: int, name: str) -> str:
+    return Path(f"/proc/{pid}/{name}").read_text()
+
+
 def test_memory_comes_from_a_process_whose_python_is_busy(machine: Machine) -> None:
     hog = machine.peer("training")
     hog("grow", 120 * MiB)

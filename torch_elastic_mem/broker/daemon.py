@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch_elastic_mem import _C
 from torch_elastic_mem.broker import log, systemd
 from torch_elastic_mem.broker.broker import Broker
 from torch_elastic_mem.broker.config import Config
@@ -32,6 +33,8 @@ from torch_elastic_mem.errors import InUseError, InvalidArgument, TemError
 GRACE = 10.0
 SAYING = 0.5
 LOOK_EVERY = 0.1
+# Tenants' sockets, and memory on its way from one to another.
+DESCRIPTORS = 1 << 16
 
 logger = logging.getLogger(__name__)
 
@@ -255,8 +258,10 @@ def _group_id(name: str | None) -> int | None:
 
 def _raise_descriptors() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 1 << 16 if hard == resource.RLIM_INFINITY else hard
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
     if soft != resource.RLIM_INFINITY and soft < wanted:
         # A lower limit holds fewer tenants, and the server lives with that.
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    # While there is no thread yet, and so nothing to wait for.
+    _C.widen_descriptor_table(DESCRIPTORS)
