@@ -212,7 +212,7 @@ def test_a_demand_has_a_growth_come_to_nothing_that_one_rank_waits_for(
     got.set()
     growing.join()
     assert refused == ["somebody else was given what the engine was about to take"]
-    assert engine.chunks() == [[], []]
+    assert comes_true(lambda: engine.chunks() == [[], []]), "the other rank may hear of it later"
 
 
 def test_demands_of_one_rank_add_up(engine: Engine) -> None:
