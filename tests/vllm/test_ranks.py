@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from tests.vllm.small_ranks import BLOCKS, CHUNK, Engine, MiB, engine_on, togeth
 from torch_elastic_mem.broker.control import ControlClient
 from torch_elastic_mem.integrations.vllm import line
 from torch_elastic_mem.integrations.vllm.ranks import Ranks
+from torch_elastic_mem.integrations.vllm.worker import Elastic
 
 ALL = BLOCKS * MiB
 Made = Callable[..., Engine]
@@ -357,3 +359,18 @@ def test_two_engines_that_grow_at_once_never_end_up_with_a_part_each(
             if whole:
                 each.release(*wanted)
                 assert comes_true(lambda each=each: each.chunks() == [[], []])
+
+
+def test_a_step_of_the_warm_up_has_no_number_and_is_not_counted() -> None:
+    begun: list[int] = []
+
+    class Plain:
+        def execute_model(self, _: Any) -> None:
+            """As vLLM's: sampling follows."""
+
+    class Worker(Elastic, Plain):
+        elastic_rank: Any = SimpleNamespace(step_begins=begun.append)
+
+    for step in (SimpleNamespace(), SimpleNamespace(elastic_step=1)):
+        Worker().execute_model(step)
+    assert begun == [1]
