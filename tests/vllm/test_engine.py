@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -13,8 +12,7 @@ import pytest
 import torch_elastic_mem as tem
 from tests.arena.watch import comes_true
 from tests.broker.service import Service
-from tests.programs import start
-from tests.vllm.facts import Apart, facts, read
+from tests.vllm.facts import Apart, facts, read, under_tem_run
 from torch_elastic_mem.broker.control import ControlClient
 
 pytest.importorskip("vllm")
@@ -126,10 +124,7 @@ def test_under_tem_run_it_is_a_tenant_of_the_machines_broker(
     monkeypatch.delenv("TEM_BROKER")
     # The path of a socket is short.
     runtime = tmp_path_factory.mktemp("r")
-    tem_run = ["-c", "from torch_elastic_mem.cli import main; main()", "run"]
-    engine = [sys.executable, "-m", "tests.vllm.engine", "apart", "tiny"]
-    options = ["--priority", "serving", "--name", "chat", "--max", "40MiB", "--"]
-    program = start(*tem_run, *options, *engine, TEM_RUNTIME_DIR=str(runtime))
+    program = under_tem_run(runtime, "--max", "40MiB")
     try:
         assert program.stdout is not None
         first = read(program.stdout.readline())[1][0]

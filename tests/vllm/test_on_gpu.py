@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,9 +11,8 @@ pytest.importorskip("vllm")
 
 import torch
 
-from tests.programs import start
 from tests.vllm.engine import CACHE
-from tests.vllm.facts import facts, read
+from tests.vllm.facts import facts, read, under_tem_run
 from torch_elastic_mem.broker.control import ControlClient
 
 pytestmark = [
@@ -75,10 +73,7 @@ def test_under_tem_run_its_cache_and_its_torch_are_one_tenant(
     monkeypatch.delenv("TEM_BROKER", raising=False)
     # The path of a socket is short.
     runtime = tmp_path_factory.mktemp("r")
-    tem_run = ["-c", "from torch_elastic_mem.cli import main; main()", "run"]
-    engine = [sys.executable, "-m", "tests.vllm.engine", "apart", "tiny"]
-    options = ["--priority", "serving", "--name", "chat", "--max", "8GiB", "--"]
-    program = start(*tem_run, *options, *engine, TEM_RUNTIME_DIR=str(runtime))
+    program = under_tem_run(runtime, "--max", "8GiB")
     try:
         assert program.stdout is not None
         line = program.stdout.readline()
