@@ -45,23 +45,28 @@ def tables(
         "on which requests share a step."
     )
     found = [Table("One model", columns, rows, " ".join([note, *notes]))]
-    squeezes = [
-        each for answers in loads.values() for seen in answers.get(SQUEEZED, []) for each in seen["squeezes"]
+    by_load = {
+        load: [each for seen in answers.get(SQUEEZED, []) for each in seen["squeezes"]]
+        for load, answers in loads.items()
+    }
+    squeezes = [each for seen in by_load.values() for each in seen]
+    yields = [
+        _yield_row(f"from the engine at {load}" if "/s" in load else f"with requests {load}", seen)
+        for load, seen in by_load.items()
     ]
-    yields = [_yield_row("from the engine under load", [each for each in squeezes if each["met"]])]
     if idle:
         yields.append(
             _yield_row(
-                "from the idle engine", [{**each, "yielded": each["held"] - each["left"]} for each in idle]
+                "from the idle engine",
+                [{**each, "met": True, "yielded": each["held"] - each["left"]} for each in idle],
             )
         )
-    refused = sum(not each["met"] for each in squeezes)
     found.append(
         Table(
             "Memory taken from the engine by a higher class",
-            ["what", "demands", "yielded, median", "p50", "p99"],
+            ["what", "demands met / refused", "yielded, median", "p50", "p99"],
             yields,
-            f"From the demand until its memory is mapped. {refused} demands were refused.",
+            "From the demand until its memory is mapped.",
         )
     )
     return [*found, _targets(loads, idle, squeezes)]
@@ -130,13 +135,15 @@ def _targets(
     return Table("Targets", TARGET_COLUMNS, rows)
 
 
-def _yield_row(what: str, taken: Sequence[Mapping[str, Any]]) -> list[str]:
+def _yield_row(what: str, asked: Sequence[Mapping[str, Any]]) -> list[str]:
+    taken = [each for each in asked if each["met"]]
+    demands = f"{len(taken)} / {len(asked) - len(taken)}"
     if not taken:
-        return [what, "0", "", "", ""]
+        return [what, demands, "", "", ""]
     times = [each["seconds"] * 1e3 for each in taken]
     return [
         what,
-        str(len(taken)),
+        demands,
         f"{_median([each['yielded'] for each in taken]) / 2**30:.2f} GiB",
         f"{_median(times):.1f} ms",
         f"{percentile(times, 99):.1f} ms",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from torch_elastic_mem.account import Account
 from torch_elastic_mem.arena import Arena
 from torch_elastic_mem.defaults import default_arena
 from torch_elastic_mem.elastic_kv import ElasticKVTensor
-from torch_elastic_mem.errors import InUseError, InvalidArgument
+from torch_elastic_mem.errors import InUseError, InvalidArgument, OutOfMemory
 from torch_elastic_mem.integrations.vllm import variables
 from torch_elastic_mem.integrations.vllm.compat import Region, Unsupported
 from torch_elastic_mem.integrations.vllm.memory import Resting
@@ -30,6 +31,8 @@ log = logging.getLogger("vllm.torch_elastic_mem")
 # those of 16 MiB. The smaller the piece, the sooner nothing lives on it: a cache has at least so many pieces.
 EXTENT = 64 << 20
 PIECES = 192
+# How often a growth looks whether what was let go is gone, in seconds: the arena takes it in a millisecond.
+LOOK = 5e-4
 
 # The blocks of requests, by their id: numbers for each group of layers.
 BlockTables = dict[str, tuple[list[int], ...]]
@@ -79,6 +82,7 @@ class ElasticCache:
         self.on_moved: Callable[[BlockTables], None] = lambda _: None
         self.resting: Resting | None = None
         self._stream: Any = None
+        self._let_go: set[int] = set()  # chunks whose memory may not have gone yet
         # Regions of one shape are stripes of one cache: their extents come and go together.
         self._parts: list[tuple[ElasticKVTensor, int]] = []
         self._free: dict[int, list[torch.Tensor]] = {}
@@ -175,6 +179,8 @@ class ElasticCache:
         Raises:
             OutOfMemory: the memory is not to be had.
         """
+        chunks = list(chunks)
+        self._await_gone(chunks, self.account.device.seconds(timeout))
         blocks = self.blocks(chunks)
         done: list[tuple[ElasticKVTensor, list[int]]] = []
         with torch.cuda.stream(self._stream):
@@ -190,10 +196,46 @@ class ElasticCache:
 
     def release(self, chunks: Iterable[int]) -> None:
         """Lets the memory under these chunks go, after all that the stream has been given so far."""
+        chunks = list(chunks)
+        self._let_go.update(chunks)
         blocks = self.blocks(chunks)
         with torch.cuda.stream(self._stream):
             for part, layers in self._parts:
                 part.release(self._in_layers(blocks, layers))
+
+    def going(self) -> Iterable[int]:
+        """Chunks that were let go and have memory yet."""
+        self._let_go -= {chunk for chunk in self._let_go if not self._has_memory(chunk)}
+        return list(self._let_go)
+
+    def _await_gone(self, chunks: list[int], seconds: float) -> None:
+        """Waits until what was let go of these chunks is gone.
+
+        It goes to whoever asked for it, behind the steps on their way. To hold it again meanwhile would go
+        past the ledger, and past who waits there.
+        """
+        deadline = time.monotonic() + seconds
+        for chunk in self._let_go.intersection(chunks):
+            while self._has_memory(chunk):
+                if time.monotonic() >= deadline:
+                    raise OutOfMemory(
+                        f"chunk {chunk} of the KV cache has been given up, and steps that may touch it have "
+                        "not ended; try again"
+                    )
+                time.sleep(LOOK)
+            self._let_go.discard(chunk)
+
+    def _has_memory(self, chunk: int) -> bool:
+        """Whether a chunk that is let go has some yet; of a last one that is short, none is promised."""
+        if chunk >= self.num_blocks // self.chunk_blocks:
+            return False
+        # A block at the edge may lie on an extent that a neighbour has too.
+        middle = [chunk * self.chunk_blocks + self.chunk_blocks // 2]
+        return any(
+            part.is_resident(block)
+            for part, layers in self._parts
+            for block in self._in_layers(middle, layers)
+        )
 
     def copy(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copies blocks, (from, to), after all that the stream has been given so far; none is both."""

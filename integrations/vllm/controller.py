@@ -234,7 +234,7 @@ class Controller:
         if chunks > 0:
             if not coming:
                 self._patient_until = time.monotonic() + PATIENCE
-            self.grower.ask(self.balloon.next_out(chunks, coming), short)
+            self.grower.ask(self.balloon.next_out(chunks, [*coming, *self._cache.going()]), short)
 
     def _asked(self, rung: str, nbytes: int, timeout: float) -> None:
         demand = Demand(nbytes, rung, time.monotonic() + timeout)

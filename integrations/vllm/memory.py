@@ -76,5 +76,8 @@ class EngineMemory(Protocol):
     def release(self, chunks: Iterable[int]) -> None:
         """Lets it go, after all that steps so far may do to it."""
 
+    def going(self) -> Iterable[int]:
+        """Chunks that were let go and have memory yet, as far as is known: others can be had sooner."""
+
     def number(self, step: Any) -> None:
         """A step has been scheduled; the engine's thread calls it."""

@@ -167,6 +167,10 @@ class Ranks:
             self._yielded += given
             self._broadcast(line.Release(parked, self._step, given))
 
+    def going(self) -> Iterable[int]:
+        """Each rank knows its own, and waits for it to go."""
+        return ()
+
     def missing(self, target: int) -> int:
         """Chunks still to be given up until so many have been."""
         with self._lock:

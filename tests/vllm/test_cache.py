@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,6 +13,8 @@ pytest.importorskip("vllm")
 import torch
 
 import torch_elastic_mem as tem
+from torch_elastic_mem import _C
+from torch_elastic_mem.elastic_kv import ElasticKVTensor
 from torch_elastic_mem.integrations.vllm import cache as module
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache
 from torch_elastic_mem.integrations.vllm.compat import Region, Unsupported
@@ -250,3 +254,63 @@ def test_what_memory_under_chunks_takes_is_known_before(regions: list[Region], c
     wanted = cache.bytes_under(chunks)
     cache.ensure(chunks)
     assert cache.resident_bytes == cache.account.held == wanted
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A stream of the host backend whose work has not ended, and on which caches let go."""
+    stream = _C.host_stream_create()
+    _C.host_stream_submit(stream)
+    monkeypatch.setattr(ElasticKVTensor, "stream", lambda _: stream)
+    yield stream
+    _C.host_stream_complete(stream)
+    _C.host_stream_destroy(stream)
+
+
+def test_what_was_let_go_goes_to_whoever_asked_for_it_and_is_not_held_again_meanwhile(stuck: int) -> None:
+    arena = tem.Arena("host", capacity=32 * MiB, reserve=(0, 0), broker=None)
+    cache = ElasticCache(arena.account("engine", "serving"), 32, [region(32, 1 * MiB)])
+    cache.ensure(range(16))
+    given, refused = threading.Event(), threading.Event()
+
+    def give(nbytes: int, timeout: float) -> None:
+        cache.release([4, 5])
+        given.set()
+
+    def grow() -> None:
+        with pytest.raises(tem.OutOfMemory):
+            cache.ensure([4, 5], timeout=60.0)
+        refused.set()
+
+    cache.account.on_reclaim(give, "evict")
+    pressing = arena.account("pressing", tem.PriorityClass("pressing", 10**6)).range("8MiB")
+    threads = [threading.Thread(target=pressing.grow, args=(2 * GRANULE,), kwargs={"timeout": 60.0})]
+    threads.append(threading.Thread(target=grow))
+    threads[0].start()
+    assert given.wait(60)
+    threads[1].start()
+    assert not refused.wait(0.05), "the steps before have not ended"
+    _C.host_stream_complete(stuck)
+    for each in threads:
+        each.join(60)
+    assert refused.is_set() and pressing.mapped == 2 * GRANULE
+
+
+def test_what_steps_hold_on_to_for_too_long_is_refused_in_words(stuck: int) -> None:
+    cache = cache_of(32, region(32, 1 * MiB))
+    cache.ensure([3])
+    cache.release([3])
+    with pytest.raises(tem.OutOfMemory, match=r"chunk 3 .* has been given up"):
+        cache.ensure([3], timeout=0.01)
+    assert cache.going() == [3]
+    _C.host_stream_complete(stuck)
+    cache.ensure([3])
+    assert residents(cache) == {6, 7}
+    assert cache.going() == []
+
+
+def test_a_short_chunk_at_the_end_is_not_waited_for(stuck: int) -> None:
+    cache = cache_of(33, region(33, 1 * MiB))
+    cache.ensure([16])
+    cache.release([16])
+    cache.ensure([16], timeout=0.01)

@@ -61,8 +61,9 @@ def test_what_is_coming_is_not_asked_for_again(small: Engine, monkeypatch: pytes
 
 def test_a_growth_goes_on_to_the_upper_mark_so_that_the_next_steps_have_enough(small: Engine) -> None:
     small.step(needed=1, ahead=4, high=10)
-    small.controller.grower.wait(LONG)
-    small.step(needed=1, ahead=4, high=10)
+    while small.controller.grower.coming:
+        small.controller.grower.wait(LONG)
+        small.step(needed=1, ahead=4, high=10)
     assert len(free_ids(small.pool)) == 11
     small.requests.append(small.pool.get_new_blocks(7))
     small.step(needed=1, ahead=4, high=10)
