@@ -52,19 +52,10 @@ class Server:
             self._port = probe.getsockname()[1]
         self._service = service
         self._log = folder / "log"
-        weights.draw_in_children()
-        model = write_model(folder / "model")
-        serve = [
-            sys.executable,
-            *SERVE,
-            "--model",
-            str(model),
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self._port),
-        ]
         asked = {
+            "model": str(write_model(folder / "model")),
+            "host": "127.0.0.1",
+            "port": str(self._port),
             "load-format": "dummy",
             "dtype": "float32",
             "max-model-len": "1024",
@@ -74,15 +65,17 @@ class Server:
             "block-size": "32",
             "seed": "0",
         }
+        serve = [sys.executable, *SERVE, "--enforce-eager"]
         arguments = [word for name, value in asked.items() for word in (f"--{name}", value)]
+        found = {"TEM_BROKER": str(service.path), "PYTHONPATH": weights.search_path()}
         with self._log.open("w") as log:
             self.program = subprocess.Popen(
-                [sys.executable, *TEM_RUN, "--", *serve, "--enforce-eager", *arguments, *options],
+                [sys.executable, *TEM_RUN, "--", *serve, *arguments, *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
-                env=os.environ | {"TEM_BROKER": str(service.path)} | variables,
+                env=os.environ | found | variables,
             )
 
     def ready(self) -> Server:

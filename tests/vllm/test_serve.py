@@ -50,7 +50,7 @@ def test_its_operator_sees_one_account_and_what_is_in_its_blocks(server: Server)
     assert server.metric("vllm:kv_cache_usage_perc") == 0.0
 
 
-def test_a_limit_and_a_demand_take_memory_from_the_idle_server_and_it_serves_on(server: Server) -> None:
+def test_a_limit_takes_memory_from_the_idle_server_and_it_serves_on(server: Server) -> None:
     first = server.complete(2)
     held = server.account().held
     with server.control() as control:

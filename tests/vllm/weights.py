@@ -53,4 +53,9 @@ def unpacked_where_asked() -> None:
 def draw_in_children() -> None:
     """Does so in the processes too that vLLM starts."""
     sys.path.append(str(PLUGINS))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(PLUGINS)]))
+    os.environ["PYTHONPATH"] = search_path()
+
+
+def search_path() -> str:
+    """The PYTHONPATH with which a process of vLLM's does so."""
+    return os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(PLUGINS)]))
