@@ -20,9 +20,26 @@ from tests.vllm.pressing import Pressing
 
 CACHE = 48 * MiB
 SPEC = 3
-# A prompt and the tokens after it take two ways through latents, which differ by rounding: a request that is
-# preempted answers otherwise, by vLLM itself too.
-RUNGS = {"mla": "shrink"}
+# Kinds for which a GPU has no kernels in 32 bits. In 16 a token depends on which requests share its step.
+HALVES = ("mla", "lora")
+
+
+def rung(kind: str) -> str:
+    """The dearest that may be asked for, if tokens are to be the same.
+
+    A prompt and the tokens after it take two ways through latents, and in 16 bits through any cache, that
+    differ by rounding: a request that is preempted answers otherwise, by vLLM itself too.
+    """
+    return "shrink" if kind == "mla" or halved(kind) else "pause"
+
+
+def halved(kind: str) -> bool:
+    """Whether it runs in 16 bits, one request at a time."""
+    from vllm.platforms import current_platform
+
+    return kind in HALVES and bool(current_platform.is_cuda())
+
+
 # A chunk has 15 of its blocks: few enough that a squeeze meets requests.
 LLAMA = shapes.SHAPES["tiny"] | {"num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 128}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -257,7 +274,8 @@ def main() -> None:
         folder = Path(name)
         sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 256, "kv_cache_memory_bytes": CACHE}
         shape = kind if kind in ("mla", "states") else "llama"
-        llm = engine(folder, shape, **sizes | arguments(kind, folder))
+        half = {"dtype": "bfloat16", "max_num_seqs": 1} if halved(kind) else {}
+        llm = engine(folder, shape, **sizes | arguments(kind, folder) | half)
         core = llm.llm_engine.engine_core.engine_core
         groups = core.scheduler.kv_cache_config.kv_cache_groups
         fact("groups", [type(each.kv_cache_spec).__name__ for each in groups])
@@ -265,7 +283,7 @@ def main() -> None:
         if how == "alone":
             fact("tokens", use(llm, kind, folder))
         else:
-            with Pressing(core.model_executor.driver_worker.worker, RUNGS.get(kind, "pause")) as other:
+            with Pressing(core.model_executor.driver_worker.worker, rung(kind)) as other:
                 fact("tokens", use(llm, kind, folder))
             fact("demands", other.met)
             fact("least", other.least)

@@ -14,7 +14,7 @@ import torch_elastic_mem as tem
 from tests.broker.service import Service
 from tests.vllm.server import CACHE, MiB, Server
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+pytestmark = pytest.mark.timeout(600)
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "host"
 # On a GPU torch's memory is the account's too.
