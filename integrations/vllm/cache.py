@@ -205,7 +205,8 @@ class ElasticCache:
 
     def going(self) -> Iterable[int]:
         """Chunks that were let go and have memory yet."""
-        self._let_go -= {chunk for chunk in self._let_go if not self._has_memory(chunk)}
+        # A copy: the thread that grows takes chunks out of it meanwhile.
+        self._let_go -= {chunk for chunk in tuple(self._let_go) if not self._has_memory(chunk)}
         return list(self._let_go)
 
     def _await_gone(self, chunks: list[int], seconds: float) -> None:
