@@ -14,6 +14,7 @@ STEPS: dict[str, Callable[[], str]] = {
     "startup": product.startup,
     "suites": product.suites,
     "demo": product.demo,
+    "engine": engines.engine,
     "vllm": engines.vllm,
     "asan": sanitizers.asan,
     "tsan": sanitizers.tsan,
@@ -22,7 +23,7 @@ STEPS: dict[str, Callable[[], str]] = {
 }
 
 # They compile and install for the most part, and run beside the others, in what those leave of the machine.
-BESIDE = ("tsan", "pythons", "wheel-cuda")
+BESIDE = ("engine", "tsan", "pythons", "wheel-cuda")
 
 # Left out of a run that names no steps, except in CI.
-ON_REQUEST = {"vllm": "installs 3 GB", "wheel-cuda": "installs several GB"}
+ON_REQUEST = {"engine": "installs 3 GB", "vllm": "installs 3 GB", "wheel-cuda": "installs several GB"}
