@@ -23,9 +23,10 @@ Facts, each read in the release's wheel:
 * `SimpleCPUOffloadConnector` copies on streams of its own, and holds a reference to a block until the copy
   has ended. `OffloadingConnector` holds none: it orders its copy of a request's last blocks in the step after
   they were freed, and waits for copies only before vLLM hands such a block out again.
-* Output in flight of a preempted request: up to 0.28 the asynchronous scheduler counts what to discard on the
-  request, and the other one, which has steps in flight in a pipeline, delivers it; later `_preempt_request`
-  takes `drop_stale_output` for both.
+* Output in flight of a preempted request: up to 0.28 the asynchronous scheduler counts on the request how many
+  outputs to discard, each of all tokens that a step made, and has one step in flight when it schedules the next;
+  the other one, which has steps in flight in a pipeline, delivers it. Later `_preempt_request` takes
+  `drop_stale_output` for both.
 * All that keeps a block from step to step in the scheduler keeps the object, not its number. By number it is
   known in `BlockPool.blocks`, in the map of cached blocks where two have one content, in
   `cached_block_hashes_by_block`, in the sampled metrics, to KV connectors, and where routed experts are
@@ -190,7 +191,8 @@ def preempt(scheduler: Any, request: Any) -> None:
         scheduler._preempt_request(request, now, drop_stale_output=True)
     else:
         scheduler._preempt_request(request, now)
-        request.async_tokens_to_discard += request.num_output_placeholders
+        # It counts outputs, of one token or of several that were drafted; one is in flight, if any.
+        request.async_tokens_to_discard += request.num_output_placeholders > 0
         request.num_output_placeholders = 0
     # It may be resumed in the very step that follows, which must then bring the runner all of it.
     scheduler.prev_step_scheduled_req_ids.discard(request.request_id)

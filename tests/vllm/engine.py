@@ -42,6 +42,8 @@ def engine(folder: Path, shape: str, **more: Any) -> Any:
         "max_num_seqs": 16,
         "max_num_batched_tokens": 512,
         "kv_cache_memory_bytes": CACHE,
+        # Of no use to an engine whose cache is given, but each wants so much of the device free.
+        "gpu_memory_utilization": 0.1,
         "block_size": BLOCK,
         "enforce_eager": True,
         "disable_log_stats": False,

@@ -94,6 +94,8 @@ def speculating(folder: Path, method: str, shape: str | None = None) -> dict[str
 
 def arguments(kind: str, folder: Path) -> dict[str, Any]:
     """Of the engine, beyond what all of them have."""
+    import torch
+
     match kind:
         # One request at a time: on the CPU these kernels answer otherwise where a step has several prompts.
         case "mla":
@@ -112,7 +114,8 @@ def arguments(kind: str, folder: Path) -> dict[str, Any]:
             connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
             return {"kv_transfer_config": connector | {"kv_connector_extra_config": extra}}
         case "simple_offload":
-            copy_late()
+            if not torch.cuda.is_available():
+                copy_late()
             extra = {"cpu_bytes_to_use": 64 * MiB}
             connector = {"kv_connector": "SimpleCPUOffloadConnector", "kv_role": "kv_both"}
             return {"kv_transfer_config": connector | {"kv_connector_extra_config": extra}}
