@@ -85,11 +85,12 @@ class Controller:
         ]
         self._teller = Teller(account, balloon)
 
-    def before_step(self, needed: Callable[[], int], low: int, high: int) -> None:
+    def before_step(self, needed: Callable[[], tuple[int, int]], low: int, high: int) -> None:
         """The engine's thread is about to schedule, with the lock held.
 
         Args:
-            needed: blocks that the step can use at most; asked for only where they may be short.
+            needed: blocks without which a request is preempted, or nothing runs, and those that the step can
+                use at most; asked for only where they may be short.
             low: unused blocks to have at hand.
             high: unused blocks to get once there are fewer, so that not every prompt grows the cache.
         """
@@ -104,11 +105,13 @@ class Controller:
         unused = self.balloon.unused(low)
         if unused >= low:
             return
-        wanted = needed()
-        missing = wanted - unused
-        # What is cached and free would serve as well, at the cost of a prefix.
-        short = self.balloon.free_blocks < max(low, wanted)
-        self._grow(max(high - unused, missing), short)
+        least, most = needed()
+        free = self.balloon.free_blocks
+        short = free < max(low, most)
+        self._grow(max(high, most) - unused, short)
+        # What is cached and free would serve as well, at the cost of a prefix. Where nothing is, a step that
+        # has something to do does it meanwhile, and admits the others later.
+        missing = (most if free > unused else least) - unused
         while missing > 0 and self.grower.coming and not self.grower.resting(short):
             if (left := self._patient_until - time.monotonic()) <= 0:
                 break
@@ -233,7 +236,9 @@ class Controller:
         chunks = -(-blocks // self._cache.chunk_blocks) - len(coming)
         if chunks > 0:
             if not coming:
-                self._patient_until = time.monotonic() + PATIENCE
+                # What has just been refused may be refused again, and steps would wait for that over and over.
+                patience = 0.0 if self.grower.refused(short) else PATIENCE
+                self._patient_until = time.monotonic() + patience
             self.grower.ask(self.balloon.next_out(chunks, [*coming, *self._cache.going()]), short)
 
     def _asked(self, rung: str, nbytes: int, timeout: float) -> None:

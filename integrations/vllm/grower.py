@@ -17,6 +17,8 @@ REST = 0.1
 # The dearest that others may be asked for: what is unused and cached of lower classes, while an engine would
 # rather not give up what it has cached itself; everything, once it has not even that.
 WARM, SHORT = "evict", "pause"
+# What is cheap comes at once or not now. Who becomes short meanwhile waits until it is refused.
+BRIEF = 0.05
 # Chunks mapped by one call; each call is all or nothing.
 BATCH = 4
 
@@ -24,8 +26,8 @@ BATCH = 4
 class Memory(Protocol):
     """What gives memory to chunks, all of them or none."""
 
-    def ensure(self, chunks: list[int], rung: str) -> None:
-        """Raises OutOfMemory where there is none, others asked up to that rung."""
+    def ensure(self, chunks: list[int], rung: str, timeout: float | None) -> None:
+        """Raises OutOfMemory where there is none in so many seconds, others asked up to that rung."""
 
 
 class Grower:
@@ -45,9 +47,10 @@ class Grower:
         self._ready: list[int] = []
         self._short = False
         self._refused_at = -REST
-        self._refused_short = False
+        self._refused = self._refused_short = False
         self._closed = False
         self.refusals = 0
+        self._said = False
         self._thread = threading.Thread(target=self._run, name="tem-grow", daemon=True)
         self._thread.start()
 
@@ -66,8 +69,12 @@ class Grower:
     def resting(self, short: bool = False) -> bool:
         """Whether memory has just been refused to one in such a need."""
         with self._changed:
-            refused = self._refused_short or not short
-            return refused and time.monotonic() - self._refused_at < REST
+            return self.refused(short) and time.monotonic() - self._refused_at < REST
+
+    def refused(self, short: bool = False) -> bool:
+        """Whether whoever is in such a need was refused memory, and nobody has got any since."""
+        with self._changed:
+            return self._refused and (self._refused_short or not short)
 
     def ask(self, chunks: list[int], short: bool = False) -> None:
         """Wants memory under these chunks; `take` brings those that have it.
@@ -90,7 +97,7 @@ class Grower:
     def cancel(self) -> None:
         """Forgets what has not been begun."""
         with self._changed:
-            self._asked.clear()
+            self._forget()
 
     def wait(self, seconds: float) -> None:
         """Until something is ready or refused or nothing is asked for, at most so long."""
@@ -100,16 +107,20 @@ class Grower:
     def settle(self, seconds: float) -> None:
         """Forgets what has not been begun, and waits until the rest has come or was refused."""
         with self._changed:
-            self._asked.clear()
+            self._forget()
             self._changed.wait_for(lambda: not self._at_work, seconds)
 
     def close(self) -> None:
         """Ends the thread after what it is doing."""
         with self._changed:
             self._closed = True
-            self._asked.clear()
+            self._forget()
             self._changed.notify_all()
         self._thread.join(10)
+
+    def _forget(self) -> None:
+        self._asked.clear()
+        self._short = False
 
     def _run(self) -> None:
         while True:
@@ -120,25 +131,29 @@ class Grower:
                 chunks, self._asked = self._asked[:BATCH], self._asked[BATCH:]
                 self._at_work, short = chunks, self._short
                 self._short = short and bool(self._asked)
-            got = self._grow(chunks, SHORT if short else WARM)
+            got = self._grow(chunks, *((SHORT, None) if short else (WARM, BRIEF)))
             with self._changed:
                 self._at_work = []
                 self._ready += got
-                if len(got) < len(chunks):
-                    # Not all of it is to be had: what else was asked for is not either.
-                    self._asked.clear()
+                self._refused = len(got) < len(chunks)
+                if self._refused:
+                    # Not all of it is to be had: what else was asked for is not either, but in greater need.
+                    if short or not self._short:
+                        self._forget()
                     self._refused_at, self._refused_short = time.monotonic(), short
                     self.refusals += 1
                 self._changed.notify_all()
             self._on_done()
 
-    def _grow(self, chunks: list[int], rung: str) -> list[int]:
+    def _grow(self, chunks: list[int], rung: str, timeout: float | None) -> list[int]:
         """Those that got memory: all, or as many of the first as there is room for."""
         try:
-            self._memory.ensure(chunks, rung)
+            self._memory.ensure(chunks, rung, timeout)
             return chunks
         except OutOfMemory as error:
-            if self.refusals == 0:
+            # One that was refused what is cheap has cached blocks of its own to use.
+            if rung == SHORT and not self._said:
+                self._said = True
                 log.warning("the KV cache does not grow for now: %s", error)
         except Exception:
             log.exception("the KV cache does not grow")
@@ -146,7 +161,7 @@ class Grower:
         got = []
         for chunk in chunks if len(chunks) > 1 else ():
             try:
-                self._memory.ensure([chunk], rung)
+                self._memory.ensure([chunk], rung, timeout)
             except TemError:
                 break
             got.append(chunk)

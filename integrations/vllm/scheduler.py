@@ -127,21 +127,22 @@ class Elastic(Base):
         forget(self.vllm_config.instance_id)
         super().shutdown()
 
-    def _needed(self) -> int:
-        """Blocks that the next step may take.
+    def _needed(self) -> tuple[int, int]:
+        """Blocks that the next step takes at least, to run whom it can run, and at most.
 
         A few for each request that runs, and for those to be admitted all that their prompts need: vLLM
-        admits a request only if the whole of it fits.
+        admits a request only if the whole of it fits. Where none runs, the first is admitted.
         """
         tokens = self.max_num_scheduled_tokens
-        waiting = 0
+        waiting: list[int] = []
         for request in compat.waiting(self):
             if tokens <= 0:
                 break
             tokens_ahead = request.num_tokens + self.num_lookahead_tokens
-            waiting += self._states + sum(-(-tokens_ahead // size) + 1 for size in self._block_sizes)
+            waiting.append(self._states + sum(-(-tokens_ahead // size) + 1 for size in self._block_sizes))
             tokens -= request.num_tokens - request.num_computed_tokens
-        return self._running_blocks() + waiting
+        running = self._running_blocks()
+        return running + (0 if self.running else sum(waiting[:1])), running + sum(waiting)
 
     def _running_blocks(self) -> int:
         """Blocks that running requests may take in the next step."""

@@ -46,9 +46,10 @@ class Engine:
     def hold(self, *ids: int) -> None:
         self.requests.append(take(self.pool, ids))
 
-    def step(self, needed: int = 0, ahead: int = 0, high: int | None = None) -> None:
+    def step(self, needed: int = 0, ahead: int = 0, high: int | None = None, least: int | None = None) -> None:
         with self.controller.lock:
-            self.controller.before_step(lambda: needed, ahead, ahead if high is None else high)
+            takes = needed if least is None else least, needed
+            self.controller.before_step(lambda: takes, ahead, ahead if high is None else high)
 
     def scheduled(self) -> None:
         with self.controller.lock:

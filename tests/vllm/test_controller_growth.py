@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,10 +42,10 @@ def test_unused_blocks_ahead_of_need_are_asked_for_and_not_waited_for(small: Eng
 def test_what_is_coming_is_not_asked_for_again(small: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, calls, ensure = threading.Event(), [], small.cache.ensure
 
-    def slow(chunks: list[int], rung: str) -> None:
+    def slow(chunks: list[int], rung: str, timeout: float | None) -> None:
         calls.append(list(chunks))
         gate.wait()
-        ensure(chunks, rung)
+        ensure(chunks, rung, timeout)
 
     monkeypatch.setattr(small.cache, "ensure", slow)
     small.step(ahead=3)
@@ -77,7 +78,7 @@ def test_a_growth_goes_on_to_the_upper_mark_so_that_the_next_steps_have_enough(s
 def test_nothing_is_asked_for_while_enough_is_unused(full: Engine) -> None:
     full.pressing.grow(4 * CHUNK, timeout=LONG)
 
-    def unexpected() -> int:
+    def unexpected() -> tuple[int, int]:
         raise AssertionError("what a step needs is counted only where it may be short")
 
     with full.controller.lock:
@@ -133,9 +134,9 @@ def test_memory_that_does_not_come_is_waited_for_no_longer_than_patience(
     monkeypatch.setattr(module, "PATIENCE", 0.01)
     gate, ensure = threading.Event(), small.cache.ensure
 
-    def slow(chunks: list[int], rung: str) -> None:
+    def slow(chunks: list[int], rung: str, timeout: float | None) -> None:
         gate.wait()
-        ensure(chunks, rung)
+        ensure(chunks, rung, timeout)
 
     monkeypatch.setattr(small.cache, "ensure", slow)
     small.step(needed=9, ahead=9)
@@ -148,6 +149,86 @@ def test_memory_that_does_not_come_is_waited_for_no_longer_than_patience(
     small.assert_sound()
 
 
+@pytest.fixture
+def slow(small: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Memory of the small engine comes when this is set, and whoever waits for it does so too long."""
+    monkeypatch.setattr(module, "PATIENCE", LONG)
+    gate, ensure = threading.Event(), small.cache.ensure
+
+    def held_back(chunks: list[int], rung: str, timeout: float | None) -> None:
+        gate.wait()
+        ensure(chunks, rung, timeout)
+
+    monkeypatch.setattr(small.cache, "ensure", held_back)
+    yield gate
+    gate.set()
+
+
+def steps(engine: Engine, **takes: int) -> threading.Thread:
+    thread = threading.Thread(target=lambda: engine.step(**takes), daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_step_that_has_something_to_do_does_not_wait_for_those_who_are_to_be_admitted(
+    small: Engine, slow: threading.Event
+) -> None:
+    step = steps(small, needed=9, least=1, ahead=9)
+    step.join(LONG)
+    assert not step.is_alive() and not slow.is_set()
+    assert small.controller.grower.coming == [1, 2, 3, 4], "it comes meanwhile"
+    slow.set()
+    small.controller.grower.wait(LONG)
+    small.step(needed=9, least=1, ahead=9)
+    assert len(free_ids(small.pool)) == 9
+
+
+def test_a_step_waits_for_memory_rather_than_give_up_a_prefix(small: Engine, slow: threading.Event) -> None:
+    leave(small.pool, free_ids(small.pool))
+    step = steps(small, needed=9, least=0, ahead=9)
+    step.join(0.2)
+    assert step.is_alive()
+    slow.set()
+    step.join(LONG)
+    assert small.balloon.unused(100) >= 8
+    small.assert_sound()
+
+
+def test_a_step_waits_for_memory_rather_than_preempt_a_request(small: Engine, slow: threading.Event) -> None:
+    step = steps(small, needed=9, least=2, ahead=9)
+    step.join(0.2)
+    assert step.is_alive()
+    slow.set()
+    step.join(LONG)
+    assert len(free_ids(small.pool)) == 9
+
+
+def test_what_was_refused_is_tried_again_and_not_waited_for_again_until_some_has_come(
+    small: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grower_module, "REST", 0.0)
+    small.pressing.grow(15 * CHUNK, timeout=LONG)
+    small.step(needed=9, ahead=9)
+    assert small.controller.grower.refused(short=True)
+    monkeypatch.setattr(module, "PATIENCE", LONG)
+    gate, ensure = threading.Event(), small.cache.ensure
+
+    def slow(chunks: list[int], rung: str, timeout: float | None) -> None:
+        gate.wait()
+        ensure(chunks, rung, timeout)
+
+    monkeypatch.setattr(small.cache, "ensure", slow)
+    step = steps(small, needed=9, ahead=9)
+    step.join(LONG)
+    assert not step.is_alive() and small.controller.grower.coming == [1, 2, 3, 4]
+    small.pressing.shrink(15 * CHUNK)
+    gate.set()
+    small.controller.grower.wait(LONG)
+    assert not small.controller.grower.refused(short=True)
+    small.step(needed=13, ahead=13)
+    assert len(free_ids(small.pool)) == 13
+
+
 def test_after_its_rest_a_refused_growth_is_tried_again(
     small: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +238,8 @@ def test_after_its_rest_a_refused_growth_is_tried_again(
     small.step(needed=9, ahead=9)
     assert free_ids(small.pool) == [1]
     monkeypatch.setattr(grower_module, "REST", 0.0)
+    small.step(needed=9, ahead=9)
+    small.controller.grower.wait(LONG)
     small.step(needed=9, ahead=9)
     assert len(free_ids(small.pool)) == 9
     small.assert_sound()
@@ -254,9 +337,9 @@ def test_who_has_cached_blocks_to_use_asks_others_for_no_more_than_what_is_cheap
 ) -> None:
     rungs, ensure = [], small.cache.ensure
 
-    def noted(chunks: list[int], rung: str) -> None:
+    def noted(chunks: list[int], rung: str, timeout: float | None) -> None:
         rungs.append(rung)
-        ensure(chunks, rung)
+        ensure(chunks, rung, timeout)
 
     monkeypatch.setattr(small.cache, "ensure", noted)
     small.step(needed=3, ahead=3)

@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 
 from torch_elastic_mem.errors import DriverError, OutOfMemory
 from torch_elastic_mem.integrations.vllm import grower as module
-from torch_elastic_mem.integrations.vllm.grower import BATCH, SHORT, WARM, Grower
+from torch_elastic_mem.integrations.vllm.grower import BATCH, BRIEF, SHORT, WARM, Grower
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -25,15 +25,15 @@ class FakeMemory:
     def __init__(self) -> None:
         self.room = 10**6
         self.calls: list[list[int]] = []
-        self.rungs: list[str] = []
+        self.asked: list[tuple[str, float | None]] = []
         self.errors: list[Exception | None] = []  # of the calls to come; None for none
         self.begun = threading.Event()
         self.gate = threading.Event()
         self.gate.set()
 
-    def ensure(self, chunks: list[int], rung: str) -> None:
+    def ensure(self, chunks: list[int], rung: str, timeout: float | None) -> None:
         self.calls.append(list(chunks))
-        self.rungs.append(rung)
+        self.asked.append((rung, timeout))
         self.begun.set()
         self.gate.wait()
         if self.errors and (error := self.errors.pop(0)):
@@ -73,7 +73,19 @@ def test_others_are_asked_for_all_they_have_only_by_who_is_short(grower: Grower,
     settled(grower)
     grower.ask([3])
     settled(grower)
-    assert memory.rungs == [WARM, SHORT, WARM]
+    assert [rung for rung, _ in memory.asked] == [WARM, SHORT, WARM]
+
+
+def test_what_is_cheap_is_not_waited_for_so_that_who_becomes_short_may_ask_soon(
+    grower: Grower, memory: FakeMemory
+) -> None:
+    memory.room = 1
+    grower.ask([1, 2, 3])
+    settled(grower)
+    grower.ask([2, 3], short=True)
+    settled(grower)
+    brief, whole = (WARM, BRIEF), (SHORT, None)
+    assert memory.asked == [brief, brief, brief, whole, whole]
 
 
 def test_a_refusal_of_what_is_cheap_does_not_keep_who_is_short_from_asking(
@@ -86,6 +98,36 @@ def test_a_refusal_of_what_is_cheap_does_not_keep_who_is_short_from_asking(
     grower.ask([1], short=True)
     settled(grower)
     assert grower.resting() and grower.resting(short=True)
+
+
+def test_who_became_short_while_what_is_cheap_was_refused_is_asked_for_next(
+    grower: Grower, memory: FakeMemory
+) -> None:
+    memory.gate.clear()
+    grower.ask([1])
+    assert memory.begun.wait(LONG)
+    grower.ask([2], short=True)
+    memory.errors = [OutOfMemory("nothing is cheap")]
+    memory.gate.set()
+    assert settled(grower) == [2]
+    assert memory.asked == [(WARM, BRIEF), (SHORT, None)]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "refused"])
+def test_a_need_that_is_over_is_forgotten(grower: Grower, memory: FakeMemory, how: str) -> None:
+    memory.gate.clear()
+    grower.ask([1])
+    assert memory.begun.wait(LONG)
+    grower.ask([2], short=True)
+    if how == "cancelled":
+        grower.cancel()
+    else:
+        memory.errors = [None, OutOfMemory("no room")]
+    memory.gate.set()
+    settled(grower)
+    grower.ask([3])
+    settled(grower)
+    assert memory.asked[-1] == (WARM, BRIEF)
 
 
 def test_what_was_asked_comes_back_once(grower: Grower, memory: FakeMemory) -> None:
@@ -154,12 +196,15 @@ def test_it_does_not_rest_for_ever(
     assert settled(grower) == [1]
 
 
-def test_the_first_refusal_is_logged_and_the_next_are_counted(
+def test_the_first_refusal_in_need_is_logged_and_the_others_are_counted(
     grower: Grower, memory: FakeMemory, log: pytest.LogCaptureFixture
 ) -> None:
     memory.room = 0
-    for _ in range(3):
-        grower.ask([1])
+    grower.ask([1])
+    settled(grower)
+    assert log.records == []
+    for _ in range(2):
+        grower.ask([1], short=True)
         settled(grower)
     assert grower.refusals == 3
     assert [record.levelno for record in log.records] == [logging.WARNING]
