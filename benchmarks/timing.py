@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 import msgspec
 
 from benchmarks.terminal import progress
+
+DRAWS = 1000
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -41,6 +44,23 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Summary:
     """Ratio of two interleaved series, round by round: drift of the machine hits both sides of a pair."""
     return summarise([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+
+def tail_ratio(numerators: Sequence[float], denominators: Sequence[float], percent: float) -> Summary:
+    """Ratio of two series' percentiles, and the quartiles of what other draws of as many readings would give.
+
+    A p99 is the value of a few readings. The quartiles are a bootstrap's: of the ratios of both series drawn
+    anew from themselves (B. Efron, "Bootstrap Methods", 1979).
+    """
+    rng = random.Random(0)
+    drawn = [
+        percentile(rng.choices(numerators, k=len(numerators)), percent)
+        / percentile(rng.choices(denominators, k=len(denominators)), percent)
+        for _ in range(DRAWS)
+    ]
+    q1, _, q3 = statistics.quantiles(drawn, n=4)
+    ratio = percentile(numerators, percent) / percentile(denominators, percent)
+    return Summary(ratio, q1, q3, min(len(numerators), len(denominators)))
 
 
 @contextmanager

@@ -152,16 +152,17 @@ def main(
         facts = {name: each.result() for name, each in opened.items()}
         taken = Rounds(workers, squeeze)
         taken.run(turns)
-    failed = [f"{name} failed: {error}." for name, error in taken.failures.items()]
-    result = Result(
-        "bench_engine",
-        command_line("vllm.bench_engine", sys.argv[1:]),
-        machine.facts(gpu_uuid=None if not on_cuda else facts[OURS]["uuid"]),
-        {"shape": shape, "opening": msgspec.to_builtins(opening), "rates": list(rates), "rounds": rounds},
-        tables(taken.loads, taken.idle, failed),
-        {"engines": facts, "loads": taken.loads, "idle": taken.idle},
-    )
-    publish(result, out, backend, failed)
+        # Before the engines are ended, which takes a while: an interrupt then costs nothing.
+        failed = [f"{name} failed: {error}." for name, error in taken.failures.items()]
+        result = Result(
+            "bench_engine",
+            command_line("vllm.bench_engine", sys.argv[1:]),
+            machine.facts(gpu_uuid=None if not on_cuda else facts[OURS]["uuid"]),
+            {"shape": shape, "opening": msgspec.to_builtins(opening), "rates": list(rates), "rounds": rounds},
+            tables(taken.loads, taken.idle, failed),
+            {"engines": facts, "loads": taken.loads, "idle": taken.idle},
+        )
+        publish(result, out, backend, failed)
 
 
 if __name__ == "__main__":

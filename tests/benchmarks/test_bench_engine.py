@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.vllm.bench_engine import Rounds
 from benchmarks.vllm.engine import KVCACHED, OURS, STOCK
-from benchmarks.vllm.engine_tables import SQUEEZED
+from benchmarks.vllm.engine_tables import SQUEEZED, tables
 from benchmarks.vllm.engine_worker import Squeeze
 from benchmarks.vllm.load import Load
 from benchmarks.worker import WorkerError
@@ -70,3 +70,25 @@ def test_of_a_run_that_is_interrupted_whole_rounds_count(turns: int, whole: list
     rounds, _ = served(stock=(turns, KeyboardInterrupt))
     assert rounds.failures == {"the rest": "interrupted"}
     assert [set(each.values()) for each in counts(rounds)] == [{each} for each in whole]
+
+
+def seen(slowest: float, between: float) -> dict[str, Any]:
+    return {
+        "ttft": [0.02] * 49 + [slowest],
+        "tpot": [0.01] * 50,
+        "itl": [0.005] * 99 + [between] * 2,
+        "output_per_second": 100.0,
+        "tokens": ["a"] * 50,
+        "squeezes": [],
+    }
+
+
+def test_a_p99_is_of_all_rounds_requests_and_of_the_times_between_tokens_by_rounds() -> None:
+    stock = [seen(0.05, 0.010), seen(0.02, 0.010)]
+    ours = [seen(0.02, 0.010), seen(0.04, 0.020)]
+    first, *_, targets = tables({"4/s": {STOCK: stock, OURS: ours}}, [], [])
+    assert [row[3] for row in first.rows] == ["20.0 / 50.0 ms", "20.0 / 40.0 ms"]
+    told = {row[0]: row[1] for row in targets.rows}
+    assert told["4/s: TTFT p99 over stock"].startswith("0.800 (")
+    assert told["4/s: TPOT p99 over stock"] == "1.000 (1.00 to 1.00)"
+    assert told["4/s: ITL p99 over stock"] == "1.500 (1.25 to 1.75)"

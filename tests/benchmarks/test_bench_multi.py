@@ -108,9 +108,9 @@ def test_ours_is_judged_by_the_best_split_and_every_row_stays():
     assert "A note." in shown.note
     assert [row[1:] for row in targets.rows] == [
         ["1.000", "at most 1.02", "yes"],
-        ["1.000", "at most 1.02", "yes"],
+        ["1.000 (1.00 to 1.00)", "at most 1.02", "yes"],
         ["0.081", "at most 1.02", "yes"],
-        ["0.067", "at most 1.02", "yes"],
+        ["0.067 (0.07 to 0.07)", "at most 1.02", "yes"],
         ["15.0", "at least 10", "yes"],
     ]
     assert targets.note.startswith("Best factor where a static split is full: 15.0, overlapping, 24/s")

@@ -2,7 +2,7 @@ import gc
 
 import pytest
 
-from benchmarks.timing import interleave, paired_ratio, percentile, summarise
+from benchmarks.timing import interleave, paired_ratio, percentile, summarise, tail_ratio
 
 
 def test_cases_take_turns_and_warm_up_is_not_kept():
@@ -28,6 +28,17 @@ def test_a_ratio_pairs_the_readings_of_a_round():
     assert (ratio.median, ratio.n) == (2.0, 3)
     with pytest.raises(ValueError, match="shorter"):
         paired_ratio([1.0, 2.0], [1.0])
+
+
+def test_a_ratio_of_tails_says_how_much_hangs_on_few_readings():
+    steady = [1.0 + number / 1000 for number in range(1000)]
+    sure = tail_ratio([2 * each for each in steady], steady, 99)
+    assert (sure.median, sure.n) == (2.0, 1000)
+    assert 1.97 < sure.q1 < 2.0 < sure.q3 < 2.03
+    # One slow request of a hundred is the whole p99, and is drawn in two of three cases.
+    luck = tail_ratio([1.0] * 99 + [9.0], [1.0] * 100, 99)
+    assert (luck.median, luck.q1, luck.q3) == (9.0, 1.0, 9.0)
+    assert tail_ratio([1.0] * 99 + [9.0], [1.0] * 100, 99) == luck, "the same readings, the same figures"
 
 
 def test_summaries():
