@@ -1,4 +1,4 @@
-"""Three models on one device: stock vLLM with fixed shares of the memory, and ours, whose engines share it.
+"""Three models on one device: stock vLLM with fixed shares of memory, and ours or kvcached, which share it.
 
 Run as python -m benchmarks.vllm.bench_multi --help.
 """
@@ -19,7 +19,7 @@ from benchmarks.options import backend_option, errors_as_messages, out_option, s
 from benchmarks.results import Result, command_line
 from benchmarks.terminal import progress, publish
 from benchmarks.vllm import splits
-from benchmarks.vllm.engine import OURS, STOCK, Opening
+from benchmarks.vllm.engine import KVCACHED, OURS, STOCK, Opening
 from benchmarks.vllm.fleet import Fleet, gpu_of
 from benchmarks.vllm.load import Load
 from benchmarks.vllm.multi_tables import tables
@@ -162,8 +162,8 @@ def _pattern(name: str) -> str:
     "--contender",
     "contenders",
     multiple=True,
-    type=click.Choice([STOCK, OURS]),
-    help="May be given twice. [default: both, one after the other; none beside --with]",
+    type=click.Choice([STOCK, KVCACHED, OURS]),
+    help="May be given several times. [default: stock and ours, one after the other; none beside --with]",
 )
 @click.option(
     "--split",
@@ -233,11 +233,12 @@ def main(
     facts: dict[str, Any] = {}
     uuid: str | None = None
     with errors_as_messages():
-        for name, split, said in _fleets(plan, contenders or (() if others else (STOCK, OURS)), wanted):
+        contenders = contenders or (() if others else (STOCK, OURS))
+        for contender, name, split, said in _fleets(plan, contenders, wanted):
             if said not in notes:
                 notes.append(said)
             uuid = uuid or gpu_of(backend)
-            fleet = Fleet(backend, opening, split, settings.total)
+            fleet = Fleet(contender, backend, opening, split, settings.total)
             found, failure = serve(fleet, plan, name)
             facts[name] = fleet.facts
             for what, answers in found.items():
@@ -257,19 +258,23 @@ def main(
 
 def _fleets(
     plan: Plan, contenders: Sequence[str], wanted: Sequence[str]
-) -> list[tuple[str, list[int] | None, str]]:
-    """The name of each contender's rows, its split if it has one, and what is said of it."""
-    found: list[tuple[str, list[int] | None, str]] = []
+) -> list[tuple[str, str, list[int] | None, str]]:
+    """Each contender, the name of its rows, its split if it has one, and what is said of it."""
+    found: list[tuple[str, str, list[int] | None, str]] = []
     if STOCK in contenders:
         for each in wanted:
             split, said = plan.split(each)
             unit, word = (GIB, "GiB") if plan.on_cuda else (MIB, "MiB")
             name = f"{STOCK} {':'.join(f'{size / unit:.3g}' for size in split)} {word}"
-            if name not in [other[0] for other in found]:
-                found.append((name, split, f"{name}: {said}."))
+            if name not in [other[1] for other in found]:
+                found.append((STOCK, name, split, f"{name}: {said}."))
+    shared = tem.format_bytes(plan.settings.total)
+    if KVCACHED in contenders:
+        said = f"{KVCACHED}: {shared} that its engines find free on the device; they have vLLM's V1 runner."
+        found.append((KVCACHED, KVCACHED, None, said))
     if OURS in contenders:
-        shared = tem.format_bytes(plan.settings.total)
-        found.append((OURS, None, f"{OURS}: {shared} that a broker shares out among equals."))
+        said = f"{OURS}: {shared} that a broker shares out among equals."
+        found.append((OURS, OURS, None, said))
     return found
 
 

@@ -62,7 +62,7 @@ def prepare(contender: str, **variables: str) -> None:
         HF_HUB_OFFLINE="1",
     )
     if contender == KVCACHED:
-        os.environ.update(_KVCACHED)
+        os.environ.update(_KVCACHED | variables)
         # Its patches come with vLLM's modules; a `.pth` file of its own has done this where it was installed.
         import_module("kvcached.autopatch")
 

@@ -131,8 +131,8 @@ def _targets(
             target_row("under load, p50", f"{slow * 1e3:.1f} ms", "at most 100 ms", slow <= BUSY_TARGET)
         )
     note = (
-        "In brackets of TTFT and TPOT: the quartiles of what as many other such requests would have given, by "
-        "a bootstrap; of ITL: the quartiles of the rounds."
+        "In brackets, of TTFT and TPOT: the quartiles of what as many other such requests would have given, "
+        "by a bootstrap; of ITL: the quartiles of the rounds."
     )
     return Table("Targets", TARGET_COLUMNS, rows, note)
 

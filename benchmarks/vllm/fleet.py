@@ -14,7 +14,7 @@ import msgspec
 
 from benchmarks.broker_process import BrokerProcess
 from benchmarks.terminal import progress
-from benchmarks.vllm.engine import OURS, STOCK, Opening
+from benchmarks.vllm.engine import KVCACHED, OURS, Opening
 from benchmarks.vllm.load import Load
 from benchmarks.vllm.ramps import Ramp
 from benchmarks.worker import ROOT, Worker, WorkerError
@@ -31,13 +31,18 @@ class Fleet:
     """The engines of one contender, started together.
 
     Args:
+        contender: whose engines.
         backend: of the device.
         opening: of each engine; the bytes of its cache are set here.
-        split: bytes of each engine's cache, for stock; None: they share them all, through a broker.
+        split: bytes of each engine's cache, for stock; None: they share them all. Ours through a broker;
+            kvcached's take what is free on the device, so whatever else is free there is taken beforehand.
         total: bytes of all caches.
     """
 
-    def __init__(self, backend: str, opening: Opening, split: Sequence[int] | None, total: int) -> None:
+    def __init__(
+        self, contender: str, backend: str, opening: Opening, split: Sequence[int] | None, total: int
+    ) -> None:
+        self._contender = contender
         self._backend = backend
         self._opening = opening
         self._split = split
@@ -48,16 +53,16 @@ class Fleet:
     def __enter__(self) -> Fleet:
         with ExitStack() as stack:
             broker = ""
-            if self._split is None:
+            if self._contender == OURS:
                 broker = stack.enter_context(_broker(self._backend, self._total)).path
-            contender = OURS if self._split is None else STOCK
             sizes = self._split or [self._total] * 3
             self._workers = [
-                stack.enter_context(Worker("vllm.multi_worker", contender, self._backend)) for _ in sizes
+                stack.enter_context(Worker("vllm.multi_worker", self._contender, self._backend))
+                for _ in sizes
             ]
             self._threads = stack.enter_context(ThreadPoolExecutor(len(sizes)))
             openings = [msgspec.structs.replace(self._opening, kv_bytes=size) for size in sizes]
-            with progress(f"starting the engines, {contender}", len(sizes)) as advance:
+            with progress(f"starting the engines, {self._contender}", len(sizes)) as advance:
                 self.facts = self._ask(
                     [
                         {"open": msgspec.to_builtins(each), "name": f"model-{number}", "broker": broker}
@@ -76,6 +81,11 @@ class Fleet:
         """Has each engine serve a load, one after the other."""
         for worker in self._workers:
             worker.ask({"load": msgspec.to_builtins(load)})
+        if self._contender == KVCACHED:
+            # Now that what torch caches has come to rest.
+            mapped = sum(worker.ask({"mapped": True}) for worker in self._workers)
+            ballast = self._stack.enter_context(Worker("vllm.ballast", "ballast", self._backend))
+            ballast.ask({"leave": max(0, self._total - mapped)})
 
     def serve(self, ramps: Sequence[Ramp], timeout: float) -> list[Any]:
         """Has each engine serve its ramp, all from one moment on.

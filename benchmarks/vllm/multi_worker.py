@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from importlib import import_module
 from typing import Any
 
 import msgspec
@@ -37,10 +38,12 @@ class MultiWorker:
         self._engine: Engine | None = None
 
     def __call__(self, request: dict[str, Any]) -> Any:
-        """Answers {"open": Opening, "broker": path, "name": text}, {"load": Load} or {"ramp", "start"}."""
+        """Answers {"open", "broker": path, "name": text}, {"load"}, {"ramp", "start"} or {"mapped"}."""
         if "open" in request:
             return self._open(msgspec.convert(request["open"], Opening), request["name"], request["broker"])
         assert self._engine is not None  # it is opened first
+        if "mapped" in request:
+            return kvcached_bytes(self._name)
         # The same prompts come once more in another pattern.
         self._engine.llm.reset_prefix_cache()
         if "load" in request:
@@ -49,7 +52,9 @@ class MultiWorker:
         return msgspec.to_builtins(self._serve(self._engine, ramp, request["start"]))
 
     def _open(self, opening: Opening, name: str, broker: str) -> dict[str, Any]:
-        prepare(self._contender, TEM_NAME=name, TEM_BROKER=broker or "0")
+        # kvcached's engines have nothing in common but the device.
+        self._name = f"tem-bench-{name}"
+        prepare(self._contender, TEM_NAME=name, TEM_BROKER=broker or "0", KVCACHED_IPC_NAME=self._name)
         self._opening = opening
         self._engine = Engine(opening)
         return self._engine.facts()
@@ -67,6 +72,13 @@ class MultiWorker:
         before = engine.preempted
         seen = drive(engine.llm, arrivals, start, stepped)
         return Served(seen, engine.preempted - before, most * engine.block_bytes, self._opening.kv_bytes)
+
+
+def kvcached_bytes(name: str) -> int:
+    """What kvcached has mapped in this process, in use and ahead of it, as it says in shared memory."""
+    said = import_module("kvcached.cli.utils").get_kv_cache_limit(name)
+    assert said is not None  # it was made with the engine
+    return int(said.used_size + said.prealloc_size)
 
 
 def make(contender: str, backend: str) -> Handler:

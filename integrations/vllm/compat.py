@@ -23,10 +23,10 @@ Facts, each read in the release's wheel:
 * `SimpleCPUOffloadConnector` copies on streams of its own, and holds a reference to a block until the copy
   has ended. `OffloadingConnector` holds none: it orders its copy of a request's last blocks in the step after
   they were freed, and waits for copies only before vLLM hands such a block out again.
-* Output in flight of a preempted request: up to 0.28 the asynchronous scheduler counts on the request how many
-  outputs to discard, each of all tokens that a step made, and has one step in flight when it schedules the next;
-  the other one, which has steps in flight in a pipeline, delivers it. Later `_preempt_request` takes
-  `drop_stale_output` for both.
+* Output in flight of a preempted request: up to 0.28 it is delivered, or the asynchronous scheduler discards
+  as many outputs as the request counts, each of all tokens that a step made. Without a pipeline one step is
+  in flight when the next is scheduled; in one there are several, and vLLM itself may admit such a request
+  before its output has come, which then counts twice. Later `_preempt_request` takes `drop_stale_output`.
 * All that keeps a block from step to step in the scheduler keeps the object, not its number. By number it is
   known in `BlockPool.blocks`, in the map of cached blocks where two have one content, in
   `cached_block_hashes_by_block`, in the sampled metrics, to KV connectors, and where routed experts are
@@ -191,11 +191,34 @@ def preempt(scheduler: Any, request: Any) -> None:
         scheduler._preempt_request(request, now, drop_stale_output=True)
     else:
         scheduler._preempt_request(request, now)
-        # It counts outputs, of one token or of several that were drafted; one is in flight, if any.
-        request.async_tokens_to_discard += request.num_output_placeholders > 0
-        request.num_output_placeholders = 0
+        if not _in_pipeline(scheduler):
+            # It counts outputs, of one token or of several that were drafted; one is in flight, if any.
+            request.async_tokens_to_discard += request.num_output_placeholders > 0
+            request.num_output_placeholders = 0
     # It may be resumed in the very step that follows, which must then bring the runner all of it.
     scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+
+
+def _in_pipeline(scheduler: Any) -> bool:
+    return bool(scheduler.vllm_config.parallel_config.pipeline_parallel_size > 1)
+
+
+@contextmanager
+def delivered(scheduler: Any) -> Iterator[None]:
+    """Within the block nobody is admitted to whom output in flight is still to be delivered."""
+    early = []
+    if _in_pipeline(scheduler):
+        early = [
+            request
+            for request in scheduler.waiting
+            if not hasattr(request, "num_stale_output_tokens") and request.num_in_flight_tokens > 0
+        ]
+        scheduler.waiting.remove_requests(early)
+    try:
+        yield
+    finally:
+        for request in reversed(early):
+            scheduler.waiting.prepend_request(request)
 
 
 def unmovable(scheduler: Any) -> str | None:
@@ -278,8 +301,6 @@ def other_ranks(parallel: Any) -> str | None:
         return "context parallel ranks are not served yet"
     if parallel.nnodes > 1:
         return "its ranks are on several machines"
-    if parallel.pipeline_parallel_size > 1 and release() == "0.26":
-        return "this release may count a preempted request's output twice where steps follow in a pipeline"
     return None
 
 

@@ -236,7 +236,7 @@ class Controller:
         chunks = -(-blocks // self._cache.chunk_blocks) - len(coming)
         if chunks > 0:
             if not coming:
-                # What has just been refused may be refused again, and steps would wait for that over and over.
+                # What was refused may be refused again, and steps would wait for that over and over.
                 patience = 0.0 if self.grower.refused(short) else PATIENCE
                 self._patient_until = time.monotonic() + patience
             self.grower.ask(self.balloon.next_out(chunks, [*coming, *self._cache.going()]), short)

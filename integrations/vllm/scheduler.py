@@ -69,7 +69,7 @@ class Elastic(Base):
         """One step, after the pool has been given what the step may use and has lost what others want."""
         with self.elastic.lock:
             self.elastic.before_step(self._needed, self._low, self._high)
-            with self._admissions():
+            with self._admissions(), compat.delivered(self):
                 output = super().schedule(*args, **kwargs)
             self.elastic.step_scheduled()
             self._memory.number(output)

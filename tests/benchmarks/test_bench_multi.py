@@ -5,8 +5,9 @@ import msgspec
 import pytest
 
 from benchmarks.results import load
-from benchmarks.vllm import bench_multi
+from benchmarks.vllm import ballast, bench_multi
 from benchmarks.vllm.bench_multi import Plan, Settings, merged, serve
+from benchmarks.vllm.engine import KVCACHED
 from benchmarks.vllm.multi_tables import tables
 from benchmarks.vllm.ramps import ENGINES, PATTERNS, Ramp, Run
 from benchmarks.vllm.splits import Pace, best, splits, waits
@@ -114,6 +115,26 @@ def test_ours_is_judged_by_the_best_split_and_every_row_stays():
         ["15.0", "at least 10", "yes"],
     ]
     assert targets.note.startswith("Best factor where a static split is full: 15.0, overlapping, 24/s")
+
+
+def test_what_shares_the_memory_too_is_no_static_split():
+    runs = {
+        "staggered, 8/s": {
+            "stock 1": [served([0.2, 0.2], most=10)],
+            KVCACHED: [served([0.1, 0.1])],
+            "ours": [served([0.2, 0.2])],
+        }
+    }
+    shown, targets = tables(runs, 1, 1, "")
+    assert [row[3] for row in shown.rows] == ["1.00, 1.00", "0.50, 0.50", "1.00, 1.00"]
+    assert [row[1] for row in targets.rows] == ["1.000", "1.000 (1.00 to 1.00)", "1.0"]
+
+
+def test_the_device_is_filled_but_for_what_is_to_be_shared_and_what_kvcached_leaves_alone():
+    # Of 140 GiB, 7 are left alone.
+    assert ballast.weight(80 * GIB, 140 * GIB, 12 * GIB, 2 << 20) == 61 * GIB
+    assert ballast.weight(80 * GIB + 1, 140 * GIB, 12 * GIB, 2 << 20) == 61 * GIB
+    assert ballast.weight(10 * GIB, 140 * GIB, 12 * GIB, 2 << 20) == 0
 
 
 def part(tmp_path, name, contender, settings=SETTINGS):

@@ -10,7 +10,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,29 @@ def squeezed(llm: Any) -> None:
     third = tokens(llm, 3, 10)
     fact("grown again", on_ranks(llm, resident))
     fact("tokens", [first, second, third])
+    with preempting(core.scheduler) as in_flight:
+        fact("tokens of the preempted", tokens(llm, 1, 20))
+    fact("in flight when preempted", sum(in_flight))
+
+
+@contextmanager
+def preempting(scheduler: Any) -> Iterator[list[int]]:
+    """Preempts a request before every third step; yields the tokens that were in flight of each."""
+    found: list[int] = []
+    plain, steps = scheduler.schedule, count(1)
+
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        with scheduler.elastic.lock:
+            if scheduler.running and next(steps) % 3 == 0:
+                found.append(scheduler.running[-1].num_in_flight_tokens)
+                scheduler._preempt_last()
+            return plain(*args, **kwargs)
+
+    scheduler.schedule = schedule
+    try:
+        yield found
+    finally:
+        del scheduler.schedule
 
 
 def shared(llm: Any) -> None:

@@ -46,7 +46,9 @@ class Engine:
     def hold(self, *ids: int) -> None:
         self.requests.append(take(self.pool, ids))
 
-    def step(self, needed: int = 0, ahead: int = 0, high: int | None = None, least: int | None = None) -> None:
+    def step(
+        self, needed: int = 0, ahead: int = 0, high: int | None = None, least: int | None = None
+    ) -> None:
         with self.controller.lock:
             takes = needed if least is None else least, needed
             self.controller.before_step(lambda: takes, ahead, ahead if high is None else high)

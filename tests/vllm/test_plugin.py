@@ -158,19 +158,11 @@ def test_ranks_may_sleep_too() -> None:
     assert chosen(made) == (plugin.WORKERS[GPU], SCHEDULERS[0], EXECUTOR)
 
 
-@pytest.mark.parametrize(("version", "served"), [("0.26.0", False), ("0.32.0", True), ("0.33.0", True)])
-def test_a_pipeline_is_served_where_what_is_in_flight_is_dropped(
-    monkeypatch: pytest.MonkeyPatch, version: str, served: bool
-) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+def test_a_pipeline_is_served() -> None:
     made = ranks()
     made.parallel_config.pipeline_parallel_size = 2
-    if served:
-        plugin.choose_classes(made)
-    else:
-        with pytest.raises(Unsupported, match="follow in a pipeline"):
-            plugin.choose_classes(made)
-    assert (chosen(made)[0] == plugin.WORKERS[GPU]) == served
+    plugin.choose_classes(made)
+    assert chosen(made) == (plugin.WORKERS[GPU], SCHEDULERS[0], EXECUTOR)
 
 
 @pytest.mark.parametrize("model", [sleeping(), sleeping(sleep_mode_offload_cudagraph=False)])

@@ -36,7 +36,7 @@ def both(request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[str, Any]
     """What vLLM does by itself, and with ranks that are squeezed."""
     split = request.param
     by_itself = request.getfixturevalue("plain") if split == "tensor" else facts("plain", split)
-    return by_itself, facts("squeezed", split)
+    return by_itself, facts("squeezed", split) | {"split": split}
 
 
 def test_ranks_that_are_squeezed_serve_the_same_tokens(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
@@ -65,6 +65,15 @@ def test_an_idle_engine_yields_on_every_rank_what_is_wanted_of_one(
     squeezed = both[1]
     assert min(squeezed["kept when nobody asks"]) > max(squeezed["chunk"])
     assert squeezed["kept when one asks"] == squeezed["chunk"]
+
+
+def test_requests_that_are_preempted_while_their_output_is_in_flight_get_each_token_once(
+    both: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
+    plain, squeezed = both
+    assert squeezed["tokens of the preempted"] == plain["tokens"][0]
+    if squeezed["split"] == "pipeline":
+        assert squeezed["in flight when preempted"] > 0
 
 
 def test_ranks_do_not_grow_beyond_the_limit_of_one_and_grow_again_without_it(

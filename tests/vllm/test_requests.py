@@ -13,10 +13,14 @@ from torch_elastic_mem.integrations.vllm import compat
 
 
 class FakeScheduler:
-    def __init__(self, *running: Any) -> None:
+    def __init__(self, *running: Any, stages: int = 1) -> None:
         self.running = list(running)
+        parallel = SimpleNamespace(pipeline_parallel_size=stages)
+        self.vllm_config = SimpleNamespace(parallel_config=parallel)
         self.prev_step_scheduled_req_ids = {request.request_id for request in running}
         self.preempted: list[tuple[Any, dict[str, bool]]] = []
+
+        self.waiting: Any = []
 
     def _preempt_request(self, request: Any, timestamp: float, **more: bool) -> None:
         assert request not in self.running, "vLLM wants it taken off the running ones before"
@@ -34,6 +38,53 @@ def test_output_in_flight_is_discarded_up_to_028() -> None:
     assert (first.async_tokens_to_discard, first.num_output_placeholders) == (2, 0)
     assert (second.async_tokens_to_discard, second.num_output_placeholders) == (0, 1)
     assert (scheduler.running, scheduler.prev_step_scheduled_req_ids) == ([second], {"b"})
+
+
+def test_in_a_pipeline_output_in_flight_is_delivered_up_to_028() -> None:
+    request = SimpleNamespace(request_id="a", async_tokens_to_discard=0, num_output_placeholders=2)
+    scheduler = FakeScheduler(request, stages=2)
+    compat.preempt(scheduler, request)
+    assert scheduler.preempted == [(request, {})]
+    assert (request.async_tokens_to_discard, request.num_output_placeholders) == (0, 2)
+
+
+class InFlight:
+    """A request whose output is on its way; later releases count what of it is stale."""
+
+    def __init__(self, count: int, *, later: bool = False) -> None:
+        self.num_in_flight_tokens = count
+        if later:
+            self.num_stale_output_tokens = 0
+
+
+def queue(*requests: Any) -> Any:
+    from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
+
+    made = create_request_queue(SchedulingPolicy.FCFS)
+    for each in requests:
+        made.add_request(each)
+    return made
+
+
+def test_and_nobody_is_admitted_before_it_has_come() -> None:
+    first, second, third = map(InFlight, (4, 0, 1))
+    scheduler = FakeScheduler(stages=2)
+    scheduler.waiting = queue(first, second, third)
+    with compat.delivered(scheduler):
+        assert list(scheduler.waiting) == [second]
+    assert list(scheduler.waiting) == [first, third, second]
+    first.num_in_flight_tokens = third.num_in_flight_tokens = 0
+    with compat.delivered(scheduler):
+        assert list(scheduler.waiting) == [first, third, second]
+
+
+@pytest.mark.parametrize(("stages", "later"), [(1, False), (2, True)])
+def test_elsewhere_whoever_is_first_is_admitted(stages: int, later: bool) -> None:
+    request = InFlight(4, later=later)
+    scheduler = FakeScheduler(stages=stages)
+    scheduler.waiting = queue(request)
+    with compat.delivered(scheduler):
+        assert list(scheduler.waiting) == [request]
 
 
 def test_output_in_flight_is_dropped_by_vllm_later() -> None:
@@ -54,6 +105,7 @@ def test_this_release_has_what_a_preemption_touches() -> None:
     source = inspect.getsource(Request.__init__)
     assert ("num_stale_output_tokens" in source) is later
     assert ("async_tokens_to_discard" in source) is not later
+    assert later or "num_in_flight_tokens" in source
     assert "num_output_placeholders" in source
     assert "self.prev_step_scheduled_req_ids" in inspect.getsource(Scheduler.__init__)
 
