@@ -49,7 +49,8 @@ def initial(scale: Scale) -> torch.Tensor:
 @pytest.fixture
 def arena(scale: Scale) -> Iterator[tem.Arena]:
     """Closes without error only if the test left nothing in its accounts."""
-    with tem.Arena("host", capacity=scale.capacity) as arena:
+    # A step of training takes as long as the machine's other work lets it.
+    with tem.Arena("host", capacity=scale.capacity, yield_timeout=30.0) as arena:
         yield arena
         assert arena.snapshot().leased == 0
 
