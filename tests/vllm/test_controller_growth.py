@@ -24,6 +24,18 @@ from torch_elastic_mem.integrations.vllm.grower import SHORT, WARM
 pytestmark = pytest.mark.timeout(60)
 
 
+def held_back(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Memory comes to the engine's cache when this is set."""
+    gate, ensure = threading.Event(), engine.cache.ensure
+
+    def slow(chunks: list[int], rung: str, timeout: float | None) -> None:
+        gate.wait()
+        ensure(chunks, rung, timeout)
+
+    monkeypatch.setattr(engine.cache, "ensure", slow)
+    return gate
+
+
 def test_a_step_that_needs_blocks_has_them_and_they_have_memory(small: Engine) -> None:
     small.step(needed=9, ahead=9)
     assert len(free_ids(small.pool)) >= 9
@@ -132,13 +144,7 @@ def test_memory_that_does_not_come_is_waited_for_no_longer_than_patience(
     small: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PATIENCE", 0.01)
-    gate, ensure = threading.Event(), small.cache.ensure
-
-    def slow(chunks: list[int], rung: str, timeout: float | None) -> None:
-        gate.wait()
-        ensure(chunks, rung, timeout)
-
-    monkeypatch.setattr(small.cache, "ensure", slow)
+    gate = held_back(small, monkeypatch)
     small.step(needed=9, ahead=9)
     assert free_ids(small.pool) == [1]
     assert small.controller.grower.coming == [1, 2, 3, 4]
@@ -153,13 +159,7 @@ def test_memory_that_does_not_come_is_waited_for_no_longer_than_patience(
 def slow(small: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Memory of the small engine comes when this is set, and whoever waits for it does so too long."""
     monkeypatch.setattr(module, "PATIENCE", LONG)
-    gate, ensure = threading.Event(), small.cache.ensure
-
-    def held_back(chunks: list[int], rung: str, timeout: float | None) -> None:
-        gate.wait()
-        ensure(chunks, rung, timeout)
-
-    monkeypatch.setattr(small.cache, "ensure", held_back)
+    gate = held_back(small, monkeypatch)
     yield gate
     gate.set()
 
@@ -211,13 +211,7 @@ def test_what_was_refused_is_tried_again_and_not_waited_for_again_until_some_has
     small.step(needed=9, ahead=9)
     assert small.controller.grower.refused(short=True)
     monkeypatch.setattr(module, "PATIENCE", LONG)
-    gate, ensure = threading.Event(), small.cache.ensure
-
-    def slow(chunks: list[int], rung: str, timeout: float | None) -> None:
-        gate.wait()
-        ensure(chunks, rung, timeout)
-
-    monkeypatch.setattr(small.cache, "ensure", slow)
+    gate = held_back(small, monkeypatch)
     step = steps(small, needed=9, ahead=9)
     step.join(LONG)
     assert not step.is_alive() and small.controller.grower.coming == [1, 2, 3, 4]
