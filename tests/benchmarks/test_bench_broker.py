@@ -14,13 +14,14 @@ def test_demands_are_timed_beside_others_and_leave_nothing():
     with BrokerProcess(bench_broker.OPTIONS) as broker:
         seen = []
         with broker.control() as control:
+            # Some hundred milliseconds: the others have to get a turn meanwhile, on a busy machine too.
             figures = demands(
-                broker.path, Load(idle=3, busy=2, pause=1000), 50, lambda: seen.append(control.state())
+                broker.path, Load(idle=3, busy=2, pause=1000), 10_000, lambda: seen.append(control.state())
             )
-            assert len(figures.readings) == 50
+            assert len(figures.readings) == 10_000
             assert figures.others > 0
             assert seen[0].clients == 6
-            assert seen[0].grants >= 51
+            assert seen[0].grants >= 10_001
         assert broker.resident() > 1 << 20
         assert broker.cpu_seconds() > 0
 
