@@ -7,10 +7,12 @@ engine need not be woken and a busy one is not waited for: what steps on their w
 is on the stream already, and the memory goes behind it. Only between a step's scheduling and the moment when
 the stream has all of its work is that not so; then the engine's thread does it at the end of that span.
 
-What requests hold costs more. At the rung shrink blocks of running requests are moved, so that sparse chunks
-come free, and then the engine *drains*: it admits nobody until it has paid what it was asked for, with memory
-that comes free as its requests end. At the rung pause, where peers do not ask as a rule, running requests are
-preempted. Blocks are moved and requests preempted by the engine's thread alone, before it schedules.
+Then blocks of running requests are moved, so that sparse chunks come free. A copy costs less than a prefix,
+so that is of the rung evict as well; what the next step may use, for those that wait too, stays. What
+requests hold costs more. At the rung shrink the engine *drains*: it admits nobody until it has paid what it
+was asked for, with memory that comes free as its requests end. At the rung pause, where peers do not ask as
+a rule, running requests are preempted. Blocks are moved and requests preempted by the engine's thread alone,
+before it schedules.
 
 The lock order is `lock`, then the grower's, then those of the arena. Nobody waits for a demand or for memory
 with `lock` held, except a step that needs blocks, and that no longer than `PATIENCE`. A move may wait for the
@@ -35,7 +37,7 @@ from torch_elastic_mem.integrations.vllm.teller import Teller
 # What steps wait for memory on its way rather than give up a warm prefix or preempt a request: in all, for it
 # may take as long as requests of others do.
 PATIENCE = 0.05
-# What a demand may cost: caches; admissions; running requests.
+# What a demand may cost: caches and copies; admissions; running requests.
 EVICT, SHRINK, PAUSE = "evict", "shrink", "pause"
 # What a growth on its way may take to be refused, before an engine sleeps.
 LONGEST = 10.0
@@ -51,6 +53,21 @@ class Demand:
     served: threading.Event = field(default_factory=threading.Event)
 
 
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Blocks that an engine's requests may take in the next step.
+
+    Attributes:
+        running: those that run.
+        least: what is taken for sure, or a request is preempted, or nothing runs.
+        most: those that run and those that may be admitted.
+    """
+
+    running: int
+    least: int
+    most: int
+
+
 class Controller:
     """One engine's. Thread-safe.
 
@@ -58,18 +75,18 @@ class Controller:
         cache: the memory.
         balloon: what the pool may use.
         preempt: takes the blocks of the request that matters least; False when none runs.
-        running: blocks that running requests are about to take; called with the lock held.
+        needs: of the next step; called with the lock held, and only where blocks may be short.
     """
 
     def __init__(
-        self, cache: EngineMemory, balloon: Balloon, preempt: Callable[[], bool], running: Callable[[], int]
+        self, cache: EngineMemory, balloon: Balloon, preempt: Callable[[], bool], needs: Callable[[], Needs]
     ) -> None:
         self.lock = threading.RLock()
         self.balloon = balloon
         self.grower = Grower(cache, self._grown)
         self._cache = cache
         self._preempt = preempt
-        self._running = running
+        self._needs = needs
         self.mover: Mover | None = None  # where blocks can move
         self._steps = 0  # scheduled, and not wholly on the stream; all below are guarded by the lock
         self._demands: list[Demand] = []
@@ -85,12 +102,10 @@ class Controller:
         ]
         self._teller = Teller(account, balloon)
 
-    def before_step(self, needed: Callable[[], tuple[int, int]], low: int, high: int) -> None:
+    def before_step(self, low: int, high: int) -> None:
         """The engine's thread is about to schedule, with the lock held.
 
         Args:
-            needed: blocks without which a request is preempted, or nothing runs, and those that the step can
-                use at most; asked for only where they may be short.
             low: unused blocks to have at hand.
             high: unused blocks to get once there are fewer, so that not every prompt grows the cache.
         """
@@ -105,13 +120,13 @@ class Controller:
         unused = self.balloon.unused(low)
         if unused >= low:
             return
-        least, most = needed()
+        needs = self._needs()
         free = self.balloon.free_blocks
-        short = free < max(low, most)
-        self._grow(max(high, most) - unused, short)
+        short = free < max(low, needs.most)
+        self._grow(max(high, needs.most) - unused, short)
         # What is cached and free would serve as well, at the cost of a prefix. Where nothing is, a step that
         # has something to do does it meanwhile, and admits the others later.
-        missing = (most if free > unused else least) - unused
+        missing = (needs.most if free > unused else needs.least) - unused
         while missing > 0 and self.grower.coming and not self.grower.resting(short):
             if (left := self._patient_until - time.monotonic()) <= 0:
                 break
@@ -293,9 +308,9 @@ class Controller:
         """Whether the engine's thread, or the grower's, can give what this one cannot."""
         if self._waits_for_growth(demand):
             return True
-        if demand.rung == EVICT or not self.balloon.in_use():
+        if not self.balloon.in_use():
             return False
-        return demand.rung == PAUSE or (self.mover is not None and self.mover.could(self._running()))
+        return demand.rung == PAUSE or (self.mover is not None and self.mover.could(self._kept_for(demand)))
 
     def _end(self, demand: Demand) -> None:
         if demand.rung == SHRINK and demand.nbytes > 0 and self.balloon.in_use():
@@ -307,7 +322,7 @@ class Controller:
         """Gives what it owes, as far as it has come free. Who is still short asks again."""
         if self._debt <= 0:
             return
-        self._give(self._debt, self._running())
+        self._give(self._debt, self._needs().running)
         if time.monotonic() >= self._debt_until or not self.balloon.in_use():
             self._debt, self._debt_until = 0, 0.0
 
@@ -318,15 +333,18 @@ class Controller:
 
     def _compact(self, demand: Demand) -> int:
         # What is not on the stream yet would come after the copies, and write to the old places.
-        if self.mover is None or self._steps or demand.rung == EVICT:
+        if self.mover is None or self._steps:
             return 0
         given = self.mover.give(demand.nbytes, self._kept_for(demand))
         demand.nbytes -= given
         return given
 
     def _kept_for(self, demand: Demand) -> int:
-        """Blocks that running requests are about to take, unless they may be preempted for it."""
-        return 0 if demand.rung == PAUSE else self._running()
+        """Blocks that requests are about to take: of those that wait too, unless admissions are the price."""
+        if demand.rung == PAUSE:
+            return 0
+        needs = self._needs()
+        return needs.most if demand.rung == EVICT else needs.running
 
     def _give(self, nbytes: int, keep: int) -> int:
         """Gives so many bytes, or what there is beside so many free blocks. What was to come goes first."""

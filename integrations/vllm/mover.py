@@ -17,6 +17,9 @@ class Mover:
         balloon: the pool's blocks.
         tables: the block tables of the requests that hold one of the blocks named.
         stepping: whether a step is to come, before which blocks can move.
+
+    Attributes:
+        moved: blocks, until now.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class Mover:
         self._balloon = balloon
         self._tables = tables
         self._stepping = stepping
+        self.moved = 0
 
     def could(self, keep: int) -> bool:
         """Whether a step is to come before which a chunk can be emptied, but for those that must stay."""
@@ -47,6 +51,7 @@ class Mover:
         if not found.freed:
             return 0
         self._balloon.move(found.moves)
+        self.moved += len(found.moves)
         self._cache.copy(found.moves)
         self._cache.on_moved(self._tables({block for _, block in found.moves}))
         self._balloon.park(found.freed)

@@ -14,7 +14,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from torch_elastic_mem.integrations.vllm import compat
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache, find, forget
-from torch_elastic_mem.integrations.vllm.controller import Controller
+from torch_elastic_mem.integrations.vllm.controller import Controller, Needs
 from torch_elastic_mem.integrations.vllm.mover import Mover
 from torch_elastic_mem.integrations.vllm.worker import first_blocks
 
@@ -54,7 +54,7 @@ class Elastic(Base):
             cache,
             Balloon(pool, cache.chunk_blocks, -(-ahead // cache.chunk_blocks)),
             self._preempt_last,
-            self._running_blocks,
+            self._needs,
         )
         if isinstance(cache, ElasticCache):
             self.elastic.mover = self._mover(cache)
@@ -68,7 +68,7 @@ class Elastic(Base):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """One step, after the pool has been given what the step may use and has lost what others want."""
         with self.elastic.lock:
-            self.elastic.before_step(self._needed, self._low, self._high)
+            self.elastic.before_step(self._low, self._high)
             with self._admissions(), compat.delivered(self):
                 output = super().schedule(*args, **kwargs)
             self.elastic.step_scheduled()
@@ -127,8 +127,8 @@ class Elastic(Base):
         forget(self.vllm_config.instance_id)
         super().shutdown()
 
-    def _needed(self) -> tuple[int, int]:
-        """Blocks that the next step takes at least, to run whom it can run, and at most.
+    def _needs(self) -> Needs:
+        """Of the next step.
 
         A few for each request that runs, and for those to be admitted all that their prompts need: vLLM
         admits a request only if the whole of it fits. Where none runs, the first is admitted.
@@ -142,7 +142,7 @@ class Elastic(Base):
             waiting.append(self._states + sum(-(-tokens_ahead // size) + 1 for size in self._block_sizes))
             tokens -= request.num_tokens - request.num_computed_tokens
         running = self._running_blocks()
-        return running + (0 if self.running else sum(waiting[:1])), running + sum(waiting)
+        return Needs(running, running + (0 if self.running else sum(waiting[:1])), running + sum(waiting))
 
     def _running_blocks(self) -> int:
         """Blocks that running requests may take in the next step."""

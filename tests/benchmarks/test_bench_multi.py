@@ -84,7 +84,7 @@ def served(ttft, most=1, cache=10, tokens=("a", "b")):
         "output_per_second": 100.0,
         "short": 0,
     }
-    return {"seen": seen, "preempted": 0, "most_bytes": most, "cache_bytes": cache}
+    return {"seen": seen, "preempted": 0, "moved": 0, "most_bytes": most, "cache_bytes": cache}
 
 
 def test_ours_is_judged_by_the_best_split_and_every_row_stays():

@@ -11,7 +11,7 @@ from tests.vllm.pools import free_ids, pool_of, take
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache
 from torch_elastic_mem.integrations.vllm.compat import Region
-from torch_elastic_mem.integrations.vllm.controller import Controller
+from torch_elastic_mem.integrations.vllm.controller import Controller, Needs
 
 MiB = 1 << 20
 BLOCKS = 32
@@ -32,8 +32,8 @@ class Engine:
         self.balloon = Balloon(self.pool, 2, resident)
         self.requests: list[list[Any]] = []
         self.preempted_by: list[int] = []
-        self.about_to_take = 0
-        self.controller = Controller(self.cache, self.balloon, self.preempt, lambda: self.about_to_take)
+        self.needs = Needs(0, 0, 0)
+        self.controller = Controller(self.cache, self.balloon, self.preempt, lambda: self.needs)
         self.pressing = self.arena.account("pressing", tem.PriorityClass("pressing", 10**6)).range("64MiB")
 
     def preempt(self) -> bool:
@@ -50,8 +50,10 @@ class Engine:
         self, needed: int = 0, ahead: int = 0, high: int | None = None, least: int | None = None
     ) -> None:
         with self.controller.lock:
-            takes = needed if least is None else least, needed
-            self.controller.before_step(lambda: takes, ahead, ahead if high is None else high)
+            before, least = self.needs, needed if least is None else least
+            self.needs = Needs(before.running, max(before.least, least), max(before.most, needed))
+            self.controller.before_step(ahead, ahead if high is None else high)
+            self.needs = before
 
     def scheduled(self) -> None:
         with self.controller.lock:

@@ -18,7 +18,7 @@ from torch_elastic_mem.integrations.vllm import grower as grower_module
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache
 from torch_elastic_mem.integrations.vllm.compat import Region
-from torch_elastic_mem.integrations.vllm.controller import Controller
+from torch_elastic_mem.integrations.vllm.controller import Controller, Needs
 from torch_elastic_mem.integrations.vllm.grower import SHORT, WARM
 
 pytestmark = pytest.mark.timeout(60)
@@ -87,14 +87,14 @@ def test_a_growth_goes_on_to_the_upper_mark_so_that_the_next_steps_have_enough(s
     small.assert_sound()
 
 
-def test_nothing_is_asked_for_while_enough_is_unused(full: Engine) -> None:
+def test_nothing_is_asked_for_while_enough_is_unused(full: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     full.pressing.grow(4 * CHUNK, timeout=LONG)
 
-    def unexpected() -> tuple[int, int]:
+    def unexpected() -> Needs:
         raise AssertionError("what a step needs is counted only where it may be short")
 
-    with full.controller.lock:
-        full.controller.before_step(unexpected, 10, 10)
+    monkeypatch.setattr(full.controller, "_needs", unexpected)
+    full.step(ahead=10)
     assert full.controller.grower.coming == []
     assert full.balloon.parked == 4
 
@@ -300,7 +300,7 @@ class Odd:
         self.cache.ensure(range(self.cache.num_chunks))
         self.pool = pool_of(blocks)
         self.balloon = Balloon(self.pool, self.cache.chunk_blocks, self.cache.num_chunks)
-        self.controller = Controller(self.cache, self.balloon, lambda: False, lambda: 0)
+        self.controller = Controller(self.cache, self.balloon, lambda: False, lambda: Needs(0, 0, 0))
         self.pressing = self.arena.account("pressing", tem.PriorityClass("pressing", 10**6)).range("64MiB")
 
     def rungs(self) -> set[str]:

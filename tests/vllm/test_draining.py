@@ -12,6 +12,7 @@ import torch_elastic_mem as tem
 from tests.arena.watch import comes_true
 from tests.vllm.facts import facts
 from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Engine, MiB
+from torch_elastic_mem.integrations.vllm.controller import Needs
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -107,9 +108,11 @@ def test_what_running_requests_are_about_to_take_is_left_to_them_unless_they_may
     full: Engine,
 ) -> None:
     full.hold(1)
-    full.about_to_take = 9
+    full.needs = Needs(5, 5, 9)
     full.cache.account.set_limits(high=CHUNK, timeout=LONG)  # asks "evict" alone
-    assert full.balloon.free_blocks in (9, 10)
+    assert full.balloon.free_blocks in (9, 10), "what waits may be admitted"
+    full.controller._asked("shrink", 15 * CHUNK, LONG)
+    assert full.balloon.free_blocks in (5, 6)
     full.pressing.grow(15 * CHUNK, timeout=LONG)
     assert full.balloon.free_blocks == 0
 

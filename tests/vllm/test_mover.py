@@ -19,6 +19,7 @@ from tests.vllm.pools import cached, fill, find, free_ids, leave
 from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Demand, Engine
 from torch_elastic_mem.integrations.vllm.cache import BlockTables
 from torch_elastic_mem.integrations.vllm.controller import Demand as Wanted
+from torch_elastic_mem.integrations.vllm.controller import Needs
 from torch_elastic_mem.integrations.vllm.mover import Mover
 
 pytestmark = pytest.mark.timeout(60)
@@ -193,7 +194,7 @@ def test_sparse_chunks_are_emptied_before_the_next_step_and_nobody_is_preempted(
 ) -> None:
     idle = BLOCKS // 4
     demand = Demand(sparse, (idle + 2) * CHUNK)
-    assert demand.waits("shrink"), "what is idle does not suffice"
+    assert demand.waits("evict"), "what is idle does not suffice"
     assert sparse.balloon.parked == idle
     sparse.step()
     assert demand.ended() is True
@@ -201,17 +202,24 @@ def test_sparse_chunks_are_emptied_before_the_next_step_and_nobody_is_preempted(
     assert len(runner.told) == 1
 
 
-def shrink(engine: Engine, chunks: int) -> threading.Thread:
-    """Somebody who may cost admissions, and no running requests, asks for so much and waits."""
-    asking = threading.Thread(target=engine.controller._asked, args=("shrink", chunks * CHUNK, LONG))
+def ask(engine: Engine, rung: str, chunks: int) -> threading.Thread:
+    """Somebody asks for so much and waits."""
+    asking = threading.Thread(target=engine.controller._asked, args=(rung, chunks * CHUNK, LONG))
     asking.start()
-    while engine.demands() != ["shrink"]:
+    while engine.demands() != [rung]:
         assert asking.is_alive()
     return asking
 
 
-def test_who_may_not_preempt_gets_what_blocks_that_move_leave(sparse: Engine, runner: Runner) -> None:
-    asking = shrink(sparse, 10)
+# Who may cost no more than what is cached, and who may cost admissions.
+CHEAP = pytest.mark.parametrize("price", ["evict", "shrink"])
+
+
+@CHEAP
+def test_who_may_not_preempt_gets_what_blocks_that_move_leave(
+    price: str, sparse: Engine, runner: Runner
+) -> None:
+    asking = ask(sparse, price, 10)
     sparse.step()
     asking.join()
     assert sparse.cache.resident_bytes == 6 * CHUNK
@@ -220,7 +228,7 @@ def test_who_may_not_preempt_gets_what_blocks_that_move_leave(sparse: Engine, ru
 
 @pytest.mark.parametrize("why", ["all requests have ended", "the engine is paused"])
 def test_who_waits_for_a_step_waits_no_longer_once(why: str, sparse: Engine, runner: Runner) -> None:
-    asking = shrink(sparse, 15)
+    asking = ask(sparse, "evict", 15)
     if why == "the engine is paused":
         runner.stepping = False
     else:
@@ -236,31 +244,26 @@ def test_who_may_not_preempt_does_not_wait_where(why: str, sparse: Engine, runne
         runner.stepping = False
     else:
         sparse.controller.mover = None
-    sparse.controller._asked("shrink", 15 * CHUNK, LONG)
+    sparse.controller._asked("evict", 15 * CHUNK, LONG)
     assert sparse.balloon.parked == BLOCKS // 4
     assert runner.told == []
 
 
-def test_for_who_may_only_evict_nothing_moves(sparse: Engine, runner: Runner) -> None:
-    # A lowered `high` asks "evict" alone.
-    sparse.cache.account.set_limits(high=CHUNK, timeout=LONG)
-    sparse.step()
-    assert (sparse.balloon.parked, runner.told) == (BLOCKS // 4, [])
-
-
-def test_what_running_requests_are_about_to_take_is_left_to_them(sparse: Engine, runner: Runner) -> None:
-    sparse.about_to_take = 5
-    asking = shrink(sparse, 10)
+@CHEAP
+def test_what_requests_are_about_to_take_is_left_to_them(price: str, sparse: Engine, runner: Runner) -> None:
+    sparse.needs = Needs(2, 2, 5)
+    asking = ask(sparse, price, 15)
     sparse.step()
     asking.join()
-    assert 5 <= sparse.balloon.free_blocks < 7
+    left = sparse.needs.most if price == "evict" else sparse.needs.running
+    assert left <= sparse.balloon.free_blocks < left + 2
     assert sparse.preempted_by == []
 
 
 def test_a_demand_is_preempted_for_only_where_moving_does_not_suffice(sparse: Engine) -> None:
     sparse.hold(1, 5, 9)
     demand = Demand(sparse, 12 * CHUNK)
-    assert demand.waits("shrink")
+    assert demand.waits("evict")
     sparse.step()
     assert demand.waits("pause")
     assert (sparse.preempted_by, sparse.balloon.parked) == ([], 10), "ten blocks and the null block on six"
