@@ -133,6 +133,12 @@ class Engine:
                 return int(self.scheduler.elastic.balloon.in_use())
         return self._blocks - 1 - int(self._pool.get_num_free_blocks())
 
+    @property
+    def moved(self) -> int:
+        """Blocks of requests that have been moved."""
+        mover = self.scheduler.elastic.mover if self.cache is not None else None
+        return mover.moved if mover is not None else 0
+
     def _count_preempted(self) -> None:
         plain = self.scheduler._preempt_request
 

@@ -97,9 +97,9 @@ class MemoryWorker:
         engine = self._engine
         engine.llm.reset_prefix_cache()
         self._take_all()
-        arrivals, before = trace.arrivals(), engine.preempted
+        arrivals, preempted, moved = trace.arrivals(), engine.preempted, engine.moved
         with (
-            self._moving(trace.compacted) as moved,
+            self._moving(trace.compacted),
             self._looked_at() as (used, kept),
             self._taken(trace.taken_every),
         ):
@@ -115,29 +115,22 @@ class MemoryWorker:
             used.curve(),
             len(arrivals),
             seen.seconds,
-            engine.preempted - before,
-            sum(moved),
+            engine.preempted - preempted,
+            engine.moved - moved,
             idle,
             self._left,
         )
 
     @contextmanager
-    def _moving(self, compacted: bool) -> Iterator[list[int]]:
-        """Yields how many blocks were moved at a time."""
-        elastic, moved = self._engine.scheduler.elastic, []
-        mover, plain = elastic.mover, elastic.balloon.move
-
-        def move(moves: list[tuple[int, int]]) -> None:
-            moved.append(len(moves))
-            plain(moves)
-
-        elastic.balloon.move = move
+    def _moving(self, compacted: bool) -> Iterator[None]:
+        elastic = self._engine.scheduler.elastic
+        mover = elastic.mover
         if not compacted:
             elastic.mover = None
         try:
-            yield moved
+            yield
         finally:
-            elastic.mover, elastic.balloon.move = mover, plain
+            elastic.mover = mover
 
     @contextmanager
     def _looked_at(self) -> Iterator[tuple[Residency, Residency]]:

@@ -32,6 +32,10 @@ class Figures:
         self.itl_p99 = max(each["itl"][99] for each in seen)
         self.output = sum(each["output_per_second"] for each in seen)
         self.preempted = sum(each["preempted"] for each in served)
+        # Older results do not say.
+        self.moved = (
+            sum(each["moved"] for each in served) if all("moved" in each for each in served) else None
+        )
         self.failed = sum(each["short"] for each in seen)
         self.most = max(each["most_bytes"] for each in served)
         self.full = any(each["most_bytes"] >= FULL * each["cache_bytes"] for each in served)
@@ -70,6 +74,7 @@ def tables(runs: Mapping[str, Answers], engines: int, rounds: int, note: str) ->
         "output",
         "most of one cache",
         "preempted / failed",
+        "blocks moved",
         "tokens",
     ]
     rows = [row for what, found in figures.items() for row in _rows(what, found, rounds)]
@@ -97,8 +102,10 @@ def _rows(what: str, found: Mapping[str, Figures], rounds: int) -> list[list[str
             f"{_ms(sum(each.tpot) / max(1, len(each.tpot)))} / {_ms(percentile(each.tpot, 99))} ms",
             f"{_ms(each.itl_p99)} ms",
             f"{each.output / rounds:,.0f} tokens/s",
-            tem.format_bytes(each.most),
+            # Its pool counts what it finds free on the device, not what requests hold.
+            "" if name == KVCACHED else tem.format_bytes(each.most),
             f"{each.preempted} / {each.failed}",
+            "" if each.moved is None else f"{each.moved:,}",
             "" if each is first else _same(each.tokens, first.tokens),
         ]
         for name, each in found.items()

@@ -19,13 +19,14 @@ class Served(msgspec.Struct):
     """What an engine made of its part of a run.
 
     Attributes:
-        preempted: requests that it preempted.
+        preempted: requests that it preempted. moved: blocks that it moved.
         most_bytes: the most that its requests held of its cache after a step.
         cache_bytes: the most that its cache may hold.
     """
 
     seen: Seen
     preempted: int
+    moved: int
     most_bytes: int
     cache_bytes: int
 
@@ -69,9 +70,10 @@ class MultiWorker:
         arrivals = ramp.arrivals()
         if time.monotonic() > start:
             raise RuntimeError("the run was to have started already: its prompts took too long to draw")
-        before = engine.preempted
+        before = engine.preempted, engine.moved
         seen = drive(engine.llm, arrivals, start, stepped)
-        return Served(seen, engine.preempted - before, most * engine.block_bytes, self._opening.kv_bytes)
+        preempted, moved = engine.preempted - before[0], engine.moved - before[1]
+        return Served(seen, preempted, moved, most * engine.block_bytes, self._opening.kv_bytes)
 
 
 def kvcached_bytes(name: str) -> int:
