@@ -7,7 +7,7 @@ that share extents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Any, Protocol
@@ -142,23 +142,30 @@ class Balloon:
         ]
         return [-cost.chunk for cost in sorted(costs)[:count]]
 
-    def occupancy(self, fixed: Callable[[int], bool]) -> list[Chunk]:
-        """The chunks with memory, and what is in them.
+    def occupancy(self) -> list[Chunk]:
+        """The chunks with memory, and what is free in them: looks at the free blocks alone."""
+        size = self._size
+        holes: list[list[Hole]] = [[] for _ in range(self.num_chunks)]
+        cached = [0] * self.num_chunks
+        for place, block in enumerate(self._free()):
+            chunk = block.block_id // size
+            if block.block_hash is None:
+                place = -1
+            else:
+                cached[chunk] += 1
+            holes[chunk].append(Hole(place, block.block_id))
+        return [
+            Chunk(number, len(self.of(number)) - len(holes[number]), holes[number], cached[number])
+            for number in self.resident()
+        ]
 
-        Args:
-            fixed: whether a chunk stays in any case. One with a block that vLLM has for itself does too.
-        """
-        order = self._warmth()
-        found = []
-        for number in self.resident():
-            blocks = self.of(number)
-            used = [block.block_id for block in blocks if block.ref_cnt and not block.is_null]
-            holes = [
-                Hole(order.get(block.block_id, -1), block.block_id) for block in blocks if not _held(block)
-            ]
-            stays = len(used) + len(holes) < len(blocks) or fixed(number)
-            found.append(Chunk(number, used, holes, stays))
-        return found
+    def held(self, chunk: int) -> list[int] | None:
+        """The blocks of a chunk that requests hold; None if vLLM has one of them for itself."""
+        blocks = self.of(chunk)
+        # One that is in no queue is in use even where nobody counts it, as sinks are.
+        if any(each.is_null or (not each.ref_cnt and each.prev_free_block is None) for each in blocks):
+            return None
+        return [each.block_id for each in blocks if each.ref_cnt]
 
     def move(self, moves: Iterable[tuple[int, int]]) -> None:
         """Has whoever holds a block hold another instead, which nobody does; (from, to).
@@ -168,12 +175,6 @@ class Balloon:
         for source, to in moves:
             self._pool.evict_blocks({to})
             compat.exchange(self._pool, source, to)
-
-    def _warmth(self) -> dict[int, int]:
-        """The cached blocks that nobody holds, by how late they were used."""
-        return {
-            block.block_id: place for place, block in enumerate(self._free()) if block.block_hash is not None
-        }
 
     def _free(self) -> Iterator[Any]:
         """The blocks that nobody holds, those first that were used longest ago."""
@@ -222,8 +223,3 @@ class Balloon:
     def in_use(self) -> int:
         """Blocks that requests hold, without the null block."""
         return len(self._pool.blocks) - 1 - self._pool.get_num_free_blocks() - self.parked_blocks
-
-
-def _held(block: Any) -> bool:
-    # A block that is in no queue is in use even where nobody counts it, as sinks are.
-    return bool(block.ref_cnt) or block.prev_free_block is None

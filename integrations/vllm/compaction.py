@@ -6,12 +6,13 @@ the chunk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from heapq import nsmallest
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Hole:
+class Hole(NamedTuple):
     """A block that no request holds.
 
     Attributes:
@@ -29,20 +30,15 @@ class Chunk:
 
     Attributes:
         number: which.
-        used: blocks that requests hold.
-        holes: those that none does.
-        fixed: it stays, whatever is in it.
+        used: how many of its blocks are in use.
+        holes: those that no request holds.
+        cached: how many of these have something cached in them, which goes with the chunk.
     """
 
     number: int
-    used: Sequence[int]
+    used: int
     holes: Sequence[Hole]
-    fixed: bool = False
-
-    @property
-    def cached(self) -> int:
-        """Prefixes that go with it."""
-        return sum(hole.warmth >= 0 for hole in self.holes)
+    cached: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,32 +54,41 @@ class Plan:
     freed: list[int] = field(default_factory=list)
 
 
-def plan(chunks: Sequence[Chunk], wanted: int, keep: int = 0) -> Plan:
+def plan(
+    chunks: Sequence[Chunk], held: Callable[[int], Sequence[int] | None], wanted: int, keep: int = 0
+) -> Plan:
     """Empties up to so many chunks with the fewest moves, and leaves `keep` holes.
 
     The emptiest chunks that may go are as many as their blocks find holes elsewhere. With chunks of one size
     that is the best there is: each that goes takes its own blocks and holes, one size in all, out of the
     holes that there are. Holes with nothing in them are filled first, those of the fullest chunks before
     others; then the coldest prefixes go.
+
+    Args:
+        chunks: all that have memory.
+        held: the blocks of a chunk that requests hold, and None for one that stays in any case. Asked only
+            of the emptiest: there may be many thousands of blocks.
+        wanted: chunks.
+        keep: holes.
     """
     room = sum(len(chunk.holes) for chunk in chunks) - keep
-    going: list[Chunk] = []
-    homeless = 0
-    for chunk in sorted(
-        (chunk for chunk in chunks if not chunk.fixed),
-        key=lambda chunk: (len(chunk.used), chunk.cached, -chunk.number),
-    ):
-        room -= len(chunk.holes)
-        homeless += len(chunk.used)
-        if len(going) == wanted or homeless > room:
+    sources: list[int] = []
+    freed: set[int] = set()
+    for chunk in sorted(chunks, key=lambda chunk: (chunk.used, chunk.cached, -chunk.number)):
+        if len(freed) == wanted or len(sources) + chunk.used > room - len(chunk.holes):
             break
-        going.append(chunk)
-    freed = {chunk.number for chunk in going}
-    holes = sorted(
-        (hole.warmth, -len(chunk.used), hole.block)
-        for chunk in chunks
-        if chunk.number not in freed
-        for hole in chunk.holes
+        if (blocks := held(chunk.number)) is None:
+            continue
+        room -= len(chunk.holes)
+        sources += blocks
+        freed.add(chunk.number)
+    places = nsmallest(
+        len(sources),
+        (
+            (hole.warmth, -chunk.used, hole.block)
+            for chunk in chunks
+            if chunk.number not in freed
+            for hole in chunk.holes
+        ),
     )
-    sources = [block for chunk in going for block in chunk.used]
-    return Plan([(source, hole[-1]) for source, hole in zip(sources, holes, strict=False)], list(freed))
+    return Plan([(source, place[-1]) for source, place in zip(sources, places, strict=True)], list(freed))

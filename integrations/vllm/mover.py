@@ -63,5 +63,7 @@ class Mover:
         return self._balloon.free_blocks - keep >= self._cache.chunk_blocks
 
     def _plan(self, nbytes: int, keep: int) -> Plan:
-        chunks = self._balloon.occupancy(lambda chunk: self._cache.freed([chunk]) == 0)
-        return plan(chunks, -(-nbytes // self._cache.freed_bytes), keep)
+        def held(chunk: int) -> list[int] | None:
+            return self._balloon.held(chunk) if self._cache.freed([chunk]) else None
+
+        return plan(self._balloon.occupancy(), held, -(-nbytes // self._cache.freed_bytes), keep)

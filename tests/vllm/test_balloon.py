@@ -211,3 +211,12 @@ def test_when_only_cached_blocks_are_left_none_is_unused() -> None:
     pool.get_new_blocks(2)
     assert balloon.unused(4) == 0
     assert balloon.unused(0) <= 0
+
+
+def test_blocks_that_vllm_has_for_itself_keep_their_chunks() -> None:
+    pool = pool_of(16)
+    (sink,) = pool.free_block_queue.popleft_n(4)[3:]
+    balloon = Balloon(pool, 4, resident=4)
+    assert sink.block_id == 4
+    take(pool, [9, 11])
+    assert [balloon.held(chunk) for chunk in range(4)] == [None, None, [9, 11], []]

@@ -314,6 +314,18 @@ def test_what_was_cached_where_a_block_goes_is_forgotten(full: Engine) -> None:
     assert not cached(full.pool, 7)
 
 
+def test_the_chunk_of_the_null_block_stays_though_it_is_the_emptiest(full: Engine, runner: Runner) -> None:
+    full.hold(2)
+    leave(full.pool, [3])
+    runner.learn()
+    asking = ask(full, "evict", BLOCKS)
+    full.step()
+    asking.join()
+    assert [block.block_id for block in full.requests[0]] == [1]
+    assert full.balloon.resident() == [0]
+    full.assert_sound()
+
+
 def test_what_is_read_is_never_the_place_that_memory_has_left(sparse: Engine, runner: Runner) -> None:
     for block in range(4, BLOCKS, 4):
         write(sparse, block, block)
