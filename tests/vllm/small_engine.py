@@ -20,10 +20,10 @@ LONG = 600.0  # longer than a test may take
 
 
 class Engine:
-    """32 blocks of 1 MiB on an arena that has room for all of them, and `more` bytes."""
+    """32 blocks of 1 MiB on an arena that has room for all of them and `more` bytes, or on another."""
 
-    def __init__(self, resident: int, more: int = 0) -> None:
-        self.arena = tem.Arena("host", capacity=BLOCKS * MiB + more, reserve=(0, 0), broker=None)
+    def __init__(self, resident: int, more: int = 0, arena: tem.Arena | None = None) -> None:
+        self.arena = arena or tem.Arena("host", capacity=BLOCKS * MiB + more, reserve=(0, 0), broker=None)
         region = Region(BLOCKS * MiB, MiB)
         self.cache = ElasticCache(self.arena.account("engine", "serving"), BLOCKS, [region])
         assert (self.cache.chunk_blocks, self.cache.freed_bytes) == (2, CHUNK)
