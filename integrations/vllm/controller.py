@@ -51,6 +51,12 @@ class Demand:
     rung: str
     deadline: float
     served: threading.Event = field(default_factory=threading.Event)
+    over: bool = False  # who asked waits no longer
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return max(0.0, self.deadline - time.monotonic())
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,22 +264,24 @@ class Controller:
 
     def _asked(self, rung: str, nbytes: int, timeout: float) -> None:
         demand = Demand(nbytes, rung, time.monotonic() + timeout)
-        with self.lock:
+        # A broker grants nothing to one that answers late, and a step may hold the lock for longer than that.
+        if not self.lock.acquire(timeout=max(0.0, timeout)):
+            return
+        try:
             if self._closed:
                 return
             self._demands.append(demand)
             self._serve_if_safe()
-        if not demand.served.wait(timeout):
-            with self.lock:
-                if demand in self._demands:
-                    self._demands.remove(demand)
+        finally:
+            self.lock.release()
+        demand.over = not demand.served.wait(demand.left)
 
     def _serve_if_safe(self) -> None:
         """Gives up what no request holds, unless a step is between its scheduling and the stream."""
-        if self._steps or not self._demands:
+        if self._steps:
             return
         later = []
-        for demand in self._demands:
+        for demand in self._waiting():
             self._give_to(demand)
             if demand.nbytes > 0 and self._could_later(demand):
                 later.append(demand)
@@ -284,7 +292,7 @@ class Controller:
     def _serve(self) -> None:
         """Gives up what is wanted, by moves and, where they are asked for, preemptions; before scheduling."""
         later = []
-        for demand in self._demands:
+        for demand in self._waiting():
             while demand.nbytes > 0:
                 if self._give_to(demand) or self._compact(demand):
                     continue
@@ -295,6 +303,10 @@ class Controller:
             else:
                 self._end(demand)
         self._demands = later
+
+    def _waiting(self) -> list[Demand]:
+        """The demands that somebody waits for."""
+        return [demand for demand in self._demands if not demand.over]
 
     def _waits_for_growth(self, demand: Demand) -> bool:
         """What is on its way to this engine goes before running requests.

@@ -98,6 +98,21 @@ def test_a_demand_that_waits_is_served_before_the_next_step(full: Engine) -> Non
     full.assert_sound()
 
 
+def test_whoever_asks_is_answered_in_time_though_a_step_holds_the_lock(full: Engine) -> None:
+    with full.controller.lock:
+        asking = threading.Thread(target=full.controller._asked, args=("evict", CHUNK, 0.01))
+        asking.start()
+        asking.join()
+    assert full.balloon.parked == 0
+
+
+def test_what_nobody_waits_for_any_more_is_not_given(full: Engine) -> None:
+    full.scheduled()
+    full.controller._asked("evict", CHUNK, 0.01)
+    full.controller.step_enqueued()
+    assert (full.balloon.parked, full.demands()) == (0, [])
+
+
 def test_blocks_in_use_are_not_evicted(full: Engine) -> None:
     full.hold(*range(2, BLOCKS, 2))
     # A lowered `high` asks "evict" alone.
