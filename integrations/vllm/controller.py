@@ -81,7 +81,7 @@ class Controller:
         cache: the memory.
         balloon: what the pool may use.
         preempt: takes the blocks of the request that matters least; False when none runs.
-        needs: of the next step; called with the lock held, and only where blocks may be short.
+        needs: of the next step; called with the lock held, where blocks may be short or others want them.
     """
 
     def __init__(
