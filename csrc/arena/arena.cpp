@@ -182,12 +182,7 @@ void Arena::close_account(AccountId id) {
     }
     throw Error(Kind::kInUse, "account '" + name + "' still has " + seat.tenant->name() + why);
   }
-  if (upstream_ && ledger_.at(id).held == 0) {
-    upstream_->give_back(id, take_lease(id, unused(id)));
-    held.unlock();
-    upstream_->close(id);
-    held = lock();
-  }
+  if (upstream_ && ledger_.at(id).held == 0) close_upstream(held, id);
   ledger_.close(id);
   tallies_.erase(id);
   const auto gone = std::stable_partition(reclaimers_.begin(), reclaimers_.end(),

@@ -254,6 +254,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   size_t take_lease(AccountId id, size_t bytes, Passing* passing = nullptr) noexcept;
   void return_leases() noexcept;
   bool wait_for_lease(Lock& lock, AccountId id, size_t bytes, Deadline deadline);
+  void close_upstream(Lock& lock, AccountId id);
   void stop_upstream(bool nothing_left) noexcept;
   Grant acquire_leased(Lock& lock, AccountId id, size_t bytes, Deadline deadline, Rung worst,
                        const Group* group, Rung others);

@@ -139,6 +139,25 @@ bool Arena::wait_for_lease(Lock& lock, AccountId id, size_t bytes, Deadline dead
   }
 }
 
+/// What is granted to a demand that was given up may cross the closing on its way. It has come by the time
+/// that the closing is refused for it, and goes back before the account is closed again.
+void Arena::close_upstream(Lock& lock, AccountId id) {
+  for (bool again = false;; again = true) {
+    upstream_->give_back(id, take_lease(id, unused(id)));
+    lock.unlock();
+    std::optional<Error> refused;
+    try {
+      upstream_->close(id);
+    } catch (const Error& error) {
+      refused = error;
+    }
+    lock = this->lock();
+    if (!refused) return;
+    // Or it came and went: others may have asked for it meanwhile.
+    if (refused->kind() != Kind::kInUse || (again && unused(id) == 0)) throw Error(*refused);
+  }
+}
+
 void Arena::stop_upstream(bool nothing_left) noexcept {
   if (!upstream_) return;
   {

@@ -158,7 +158,9 @@ void Client::close(AccountId id) {
       if (call->account == id) throw Error(Kind::kInUse, "a demand of the account is under way");
     }
     const auto found = entries_.find(id);
-    known = found != entries_.end() && found->second.remote && connected();
+    const bool opening =
+        std::any_of(openings_.begin(), openings_.end(), [id](const auto& one) { return one.second == id; });
+    known = found != entries_.end() && (found->second.remote || opening) && connected();
   }
   Call closing{Type::kClose, id};
   // A broker that is gone has forgotten the account; the next one is not told of it.

@@ -167,9 +167,12 @@ void Client::on_refused(const Header& header, const Error& why) {
   {
     const Lock lock(mutex_);
     if (const auto opening = openings_.find(header.request); opening != openings_.end()) {
-      if (const auto found = entries_.find(opening->second); found != entries_.end())
-        found->second.refused = why.what();
+      const AccountId id = opening->second;
       openings_.erase(opening);
+      if (const auto found = entries_.find(id); found != entries_.end()) found->second.refused = why.what();
+      for (auto& [request, call] : calls_)
+        if (call->account == id && call->type == Type::kClose) call->done = true;  // it has no such account
+      answered_.notify_all();
     }
   }
   finish(header.request, why);
@@ -213,7 +216,7 @@ void Client::on_grant(const Header& header, const Granted& granted) {
 void Client::on_ask(const Header& header, const Ask& ask) {
   const auto id = local(ask.account);
   const uint64_t request = header.request;
-  const auto answer = [this, request, account = ask.account, on = connection_.number()](
+  const auto answer = [this, request, id = id.value_or(0), account = ask.account, on = connection_.number()](
                           size_t bytes, size_t coming, bool last, std::vector<Parting> passed = {}) {
     for (size_t next = 0; next < passed.size();) {
       Pass pass{account, 0, passed[next].bytes()};
@@ -224,7 +227,9 @@ void Client::on_ask(const Header& header, const Ask& ask) {
       connection_.send(on, encode(request, pass), std::move(descriptors));
     }
     const Gave gave{account, last ? kLastAnswer : 0, bytes, coming};
-    connection_.send(on, encode(request, gave));
+    // Over another connection the ask means nothing. What it took from the lease did so with the arena's lock
+    // held, as is the lease that the broker is told: either it was told less, or these go back by themselves.
+    if (!connection_.send(on, encode(request, gave))) give_back(id, bytes);
   };
   if (!id) return answer(0, 0, true);
   const size_t pass = (ask.flags & kPassOn) != 0 && !arena_->device().exchange.empty() ? kMostFds : 0;

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch_elastic_mem as tem
 from torch_elastic_mem.broker.protocol import (
+    IN_USE,
     LAST,
     OUT_OF_MEMORY,
     Ask,
@@ -71,6 +72,9 @@ class Scripted:
         self.policy: Policy = self.grant_what_is_free
         self.limits: Limits | None = None  # in force, whatever is asked for
         self.refuse_hello: bytes | None = None
+        self.mute = False  # accounts are opened, and nobody is told until `speak`
+        self._untold: list[tuple[int, Message]] = []
+        self.late: Grant | None = None  # to the last demand, under way when an account is closed
         self.charged: dict[int, int] = defaultdict(int)
         self.names: dict[int, str] = {}
         self.log: list[tuple[int, Message]] = []
@@ -113,11 +117,21 @@ class Scripted:
             found, self._passed = self._passed, []
         return found
 
+    def speak(self) -> None:
+        self.mute = False
+        for number, message in self._untold:
+            self.send(number, message)
+
     def send_raw(self, data: bytes) -> None:
         self._clients[-1].send(data)
 
     def set_limits(self, account: int, priority: str, limits: Limits) -> None:
         self.send(0, Set(account, priority, limits))
+
+    def last(self, kind: type[Message]) -> int:
+        """The number of the request of a kind that came last."""
+        with self._changed:
+            return [number for number, message in self.log if isinstance(message, kind)][-1]
 
     def got(self, kind: type[Kind]) -> list[Kind]:
         """The messages of a kind that have come."""
@@ -142,8 +156,7 @@ class Scripted:
 
     def answer(self, message: Message, passed: list[tuple[int, int]] | None = None) -> None:
         """To the demand that came last, with memory passed on."""
-        with self._changed:
-            number = [number for number, message in self.log if isinstance(message, Demand)][-1]
+        number = self.last(Demand)
         if isinstance(message, Grant):
             self.charged[message.account] += message.bytes
             for nbytes, descriptor in passed or []:
@@ -213,9 +226,17 @@ class Scripted:
             self.names[account] = message.name
             self.charged[account] = message.lease
             reply = Opened(account, self.limits or message.limits)
+            if self.mute:
+                self._untold.append((number, reply))
+                reply = None
         elif isinstance(message, Close):
-            held = self.charged.pop(message.account)
-            reply = Done() if held == 0 else Refused(7, f"{held} bytes are leased to it")
+            if self.late is not None:
+                late, self.late = self.late, None
+                self.answer(late)
+            held = self.charged[message.account]
+            reply = Done() if held == 0 else Refused(IN_USE, f"{held} bytes are leased to it")
+            if held == 0:
+                del self.charged[message.account]
         elif isinstance(message, SetLimits):
             reply = Done()
         elif isinstance(message, Demand):

@@ -262,6 +262,20 @@ def test_closing_an_account_returns_its_lease_first(
     assert number not in broker.charged
 
 
+def test_a_grant_that_crosses_the_closing_of_its_account_goes_back_first(
+    arena: tem.Arena, opened: Opened, broker: Scripted
+) -> None:
+    account, number = opened()
+    broker.policy = lambda demand: None
+    with pytest.raises(tem.OutOfMemory, match="does not answer"):
+        account.range("16MiB").grow("16MiB", timeout=0.01)
+    broker.late = Grant(number, 16 * MiB)
+    account.close()
+    assert len(broker.got(Close)) == 2
+    assert not arena.snapshot().accounts
+    assert sum(broker.charged.values()) == 0
+
+
 def test_a_demand_is_taken_back_when_its_own_account_has_to_give(opened: Opened, broker: Scripted) -> None:
     # As malloc's, which may wait with the GIL: its account's reclaimers could not run until it is denied.
     broker.policy = lambda demand: None

@@ -16,8 +16,12 @@ from tests.client.conftest import Opened
 from tests.client.scripted import MiB, Scripted
 from tests.rungs import Rung
 from torch_elastic_mem.broker.protocol import (
+    ADMISSION,
+    EVICT,
     NOT_PERMITTED,
     WRONG_VERSION,
+    Ask,
+    Close,
     Demand,
     Grant,
     Hello,
@@ -110,6 +114,60 @@ def test_a_connection_that_was_cut_is_made_again(opened: Opened, broker: Scripte
     broker.await_count(Open, 2)
     memory.grow("8MiB")
     assert account.held == 8 * MiB
+
+
+def test_what_a_reclaimer_gives_after_the_connection_was_made_again_goes_back(
+    opened: Opened, broker: Scripted
+) -> None:
+    account, number = opened()
+    memory = account.range("8MiB")
+    memory.grow("8MiB")
+    asked, go = threading.Event(), threading.Event()
+
+    def give(nbytes: int, timeout: float) -> None:
+        asked.set()
+        go.wait(10)
+        memory.shrink("8MiB")
+
+    account.on_reclaim(give, "evict")
+    broker.send(77, Ask(number, EVICT, broker.charged[number], 5_000_000, "other/1"))
+    assert asked.wait(10)
+    broker.drop()
+    broker.await_count(Open, 2)
+    go.set()
+    broker.await_charge(0)
+
+
+def test_an_account_closed_while_it_is_opened_again_leaves_nothing_behind(
+    opened: Opened, broker: Scripted
+) -> None:
+    account, _ = opened()
+    memory = account.range("8MiB")
+    memory.grow("8MiB")
+    broker.mute = True
+    broker.drop()
+    broker.await_count(Open, 2)
+    memory.close()
+    closing = threading.Thread(target=account.close)
+    closing.start()
+    closing.join(0.2)
+    broker.speak()
+    closing.join(10)
+    broker.await_charge(0)
+    broker.await_count(Close, 1)
+
+
+def test_an_account_that_a_new_broker_refuses_is_closed_without_it(opened: Opened, broker: Scripted) -> None:
+    account, _ = opened()
+    broker.mute = True
+    broker.drop()
+    broker.await_count(Open, 2)
+    closing = threading.Thread(target=account.close)
+    closing.start()
+    closing.join(0.2)
+    broker.send(broker.last(Open), Refused(ADMISSION, "there is no room for its min"))
+    closing.join(3)
+    assert not closing.is_alive()
 
 
 @pytest.mark.parametrize(

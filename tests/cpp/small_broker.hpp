@@ -113,7 +113,10 @@ class SmallBroker {
       }
       case Type::kClose: {
         const uint32_t number = body<tem::client::Close>(data, bytes).account;
-        if (accounts_[number] != 0) ++wrong_;
+        if (accounts_[number] != 0) {
+          send(header.request, Refused{{7, 0}});
+          break;
+        }
         accounts_.erase(number);
         send(header.request, Done{});
         break;
@@ -164,6 +167,10 @@ class SmallBroker {
 
   struct Done {
     static constexpr tem::client::Type kType = tem::client::Type::kDone;
+  };
+  struct Refused {
+    static constexpr tem::client::Type kType = tem::client::Type::kRefused;
+    tem::client::Refusal refusal;
   };
   struct Denied {
     static constexpr tem::client::Type kType = tem::client::Type::kDenied;
