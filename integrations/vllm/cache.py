@@ -82,6 +82,9 @@ class ElasticCache:
         self.on_moved: Callable[[BlockTables], None] = lambda _: None
         self.resting: Resting | None = None
         self._stream: Any = None
+        # Memory that comes is zeroed on a stream of its own, and waited for: behind steps on their way a KV
+        # connector, which loads blocks on streams of its own, might be there first.
+        self._filling: Any = None
         self._let_go: set[int] = set()  # chunks whose memory may not have gone yet
         # Regions of one shape are stripes of one cache: their extents come and go together.
         self._parts: list[tuple[ElasticKVTensor, int]] = []
@@ -169,12 +172,16 @@ class ElasticCache:
         """The calling thread's current stream is the one whose work touches the cache from now on."""
         if self.account.device.backend == "cuda":
             self._stream = torch.cuda.current_stream()
+            if self._filling is None:
+                self._filling = torch.cuda.Stream()
 
     def number(self, step: Any) -> None:
         """The worker, in this process, says when the stream has a step's work; it needs no number."""
 
     def ensure(self, chunks: Iterable[int], rung: str = "pause", timeout: float | None = None) -> None:
         """Puts memory under all of the chunks or none; others are asked for it up to the rung.
+
+        It may be used from any stream then: what others had written to it is gone.
 
         Raises:
             OutOfMemory: the memory is not to be had.
@@ -183,16 +190,20 @@ class ElasticCache:
         self._await_gone(chunks, self.account.device.seconds(timeout))
         blocks = self.blocks(chunks)
         done: list[tuple[ElasticKVTensor, list[int]]] = []
-        with torch.cuda.stream(self._stream):
-            try:
+        try:
+            with torch.cuda.stream(self._filling):
                 for part, layers in self._parts:
                     numbers = self._in_layers(blocks, layers)
                     part.ensure(numbers, timeout=timeout, rung=rung)
                     done.append((part, numbers))
-            except BaseException:
+            if self._filling is not None:
+                self._filling.synchronize()
+        except BaseException:
+            # Behind the steps: what some of it lies on may have been theirs a moment ago.
+            with torch.cuda.stream(self._stream):
                 for part, numbers in done:
                     part.release(numbers)
-                raise
+            raise
 
     def release(self, chunks: Iterable[int]) -> None:
         """Lets the memory under these chunks go, after all that the stream has been given so far."""

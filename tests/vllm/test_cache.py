@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,6 +16,7 @@ pytest.importorskip("vllm")
 import torch
 
 import torch_elastic_mem as tem
+from tests.rungs import Rung
 from torch_elastic_mem import _C
 from torch_elastic_mem.elastic_kv import ElasticKVTensor
 from torch_elastic_mem.integrations.vllm import cache as module
@@ -307,6 +311,50 @@ def test_what_steps_hold_on_to_for_too_long_is_refused_in_words(stuck: int) -> N
     cache.ensure([3])
     assert residents(cache) == {6, 7}
     assert cache.going() == []
+
+
+class Streams:
+    """torch's streams, of which it has none without a GPU, over those of a rung."""
+
+    def __init__(self, rung: Rung) -> None:
+        self._rung = rung
+        self.engine = self.Stream()
+        self.engine.of.submit()
+        self.current: Any = self.engine
+
+    def Stream(self) -> Any:
+        of = self._rung.stream()
+        # It is done by the time it has been waited for, and not before.
+        of.submit()
+        return SimpleNamespace(of=of, synchronize=of.complete)
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream or self.current
+        yield
+        self.current = before
+
+
+@pytest.mark.rungs("fake")
+def test_what_comes_is_zeroed_whatever_the_engine_does_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, rung: Rung
+) -> None:
+    arena = rung.arena("32MiB")
+    other = arena.account("other", "training").range("32MiB", keep="32MiB", extent="2MiB")
+    other.grow("32MiB")
+    rung.write(other.address, b"x" * 32 * MiB)
+    streams = Streams(rung)
+    monkeypatch.setattr(torch.cuda, "Stream", streams.Stream)
+    monkeypatch.setattr(torch.cuda, "stream", streams.stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams.engine)
+    monkeypatch.setattr(ElasticKVTensor, "stream", lambda _: streams.current.of.handle)
+    cache = ElasticCache(arena.account("engine", "serving"), 16, [region(16, 1 * MiB)])
+    cache.use_stream()
+    other.shrink("32MiB")
+    cache.ensure([0, 1])  # all is leased: it comes from the other, and not by way of the driver
+    (part, _), *_ = cache._parts
+    address = part.tensors[0].data_ptr()
+    assert not any(rung.read(address, 2 * cache.chunk_bytes)), "a connector may load into it at once"
 
 
 def test_a_short_chunk_at_the_end_is_not_waited_for(stuck: int) -> None:
