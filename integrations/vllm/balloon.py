@@ -7,7 +7,7 @@ that share extents.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Any, Protocol
@@ -73,11 +73,15 @@ class Balloon:
         pool: vLLM's.
         chunk_blocks: neighbouring blocks that are parked together.
         resident: how many of the first chunks have memory already.
+        read: numbers of the blocks that are read though nobody need hold them.
     """
 
-    def __init__(self, pool: Pool, chunk_blocks: int, resident: int) -> None:
+    def __init__(
+        self, pool: Pool, chunk_blocks: int, resident: int, read: Callable[[], Collection[int]] = tuple
+    ) -> None:
         self._pool = pool
         self._size = chunk_blocks
+        self._read = read
         self.num_chunks = -(-len(pool.blocks) // chunk_blocks)
         self._out: set[int] = set()
         self.parked_blocks = 0
@@ -123,11 +127,11 @@ class Balloon:
         return sorted(self._out.difference(without))[:count]
 
     def cheapest(self, count: int) -> list[int]:
-        """Up to so many chunks on which no request has a block: those that cost the prefix cache least.
+        """Up to so many chunks that nobody uses: those that cost the prefix cache least.
 
         By chunk rather than by block: what is cached beside it goes with a block in any case.
         """
-        size = self._size
+        size, read = self._size, self._read_chunks()
         free, cached, used = ([start] * self.num_chunks for start in (0, 0, -1))
         for place, block in enumerate(self._free()):
             chunk = block.block_id // size
@@ -138,9 +142,16 @@ class Balloon:
         costs = [
             Cost(cached[chunk], used[chunk], -chunk)
             for chunk in range(1, self.num_chunks)
-            if free[chunk] and free[chunk] == len(self.of(chunk))
+            if free[chunk] and free[chunk] == len(self.of(chunk)) and chunk not in read
         ]
         return [-cost.chunk for cost in sorted(costs)[:count]]
+
+    def read(self) -> int:
+        """Chunks that would be given up, but are read yet."""
+        return sum(self.held(chunk) == [] for chunk in self._read_chunks())
+
+    def _read_chunks(self) -> set[int]:
+        return {number // self._size for number in self._read()}
 
     def occupancy(self) -> list[Chunk]:
         """The chunks with memory, and what is free in them: looks at the free blocks alone."""

@@ -20,9 +20,6 @@ Facts, each read in the release's wheel:
 * For a request a group of states takes `num_speculative_blocks` beyond those that its tokens fill, at once.
   The V2 runner's warm-up does so for as many requests as a step may have, in blocks counted from 1.
 * Of HiSparse's groups some lie in host memory, and a block of theirs is read without a reference to it.
-* `SimpleCPUOffloadConnector` copies on streams of its own, and holds a reference to a block until the copy
-  has ended. `OffloadingConnector` holds none: it orders its copy of a request's last blocks in the step after
-  they were freed, and waits for copies only before vLLM hands such a block out again.
 * Output in flight of a preempted request: up to 0.28 it is delivered, or the asynchronous scheduler discards
   as many outputs as the request counts, each of all tokens that a step made. Without a pipeline one step is
   in flight when the next is scheduled; in one there are several, and vLLM itself may admit such a request
@@ -63,8 +60,6 @@ LAYERS = {
     "SlidingWindowSpec",
     "TQFullAttentionSpec",
 }
-# KV connectors that touch a block only while it is held: within a step, or by a reference of their own.
-CONNECTORS = {"ExampleConnector", "SimpleCPUOffloadConnector"}
 # The layers of which nothing is kept by a block's number but what `exchange` and `write_tables` write. Those
 # of a kind derived from these are others.
 MOVABLE = {"FullAttentionSpec", "SlidingWindowSpec"}
@@ -361,21 +356,3 @@ def states(spec: Any) -> int:
     """Blocks of a group that a request takes beyond those its tokens fill."""
     names = ("num_speculative_blocks", "num_prefill_checkpoint_blocks")
     return sum(getattr(_layers(spec)[0], name, 0) for name in names)
-
-
-def other_connector(transfer: Any) -> str | None:
-    """Why an engine with this `--kv-transfer-config` is not served, or None where it is or has none."""
-    if transfer is None or transfer.kv_connector is None:
-        return None
-    name = transfer.kv_connector
-    if name in CONNECTORS and transfer.kv_connector_module_path is None:
-        return None
-    if name == "OffloadingConnector":
-        return (
-            "OffloadingConnector copies blocks that no request holds any more, and their memory may have "
-            "gone; VLLM_USE_SIMPLE_KV_OFFLOAD=1 has vLLM offload by one that is served"
-        )
-    return (
-        f"{name} may register or read all of the KV cache, and not all of it has memory; "
-        f"served are {' and '.join(sorted(CONNECTORS))}"
-    )

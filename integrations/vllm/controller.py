@@ -296,9 +296,10 @@ class Controller:
             while demand.nbytes > 0:
                 if self._give_to(demand) or self._compact(demand):
                     continue
-                if demand.rung != PAUSE or self.grower.working or not self._preempt():
+                enough = self._coming(demand) >= demand.nbytes
+                if demand.rung != PAUSE or enough or not self._preempt():
                     break
-            if demand.nbytes > 0 and self._waits_for_growth(demand):
+            if demand.nbytes > 0 and self._coming(demand):
                 later.append(demand)
             else:
                 self._end(demand)
@@ -308,17 +309,24 @@ class Controller:
         """The demands that somebody waits for."""
         return [demand for demand in self._demands if not demand.over]
 
-    def _waits_for_growth(self, demand: Demand) -> bool:
-        """What is on its way to this engine goes before running requests.
+    def _coming(self, demand: Demand) -> int:
+        """Bytes that come free by themselves, and go before those of running requests.
 
-        Of two that grow at once each would wait for the other, but peers as a rule do not ask so dearly, and
-        of two classes one does not.
+        What is on its way to this engine, and chunks that a KV connector has yet to copy. Of two that grow at
+        once each would wait for the other, but peers as a rule do not ask so dearly, and of two classes one
+        does not.
         """
-        return demand.rung == PAUSE and self.grower.working
+        if demand.rung == PAUSE and self.grower.working:
+            return demand.nbytes
+        if not (chunks := self.balloon.read()):
+            return 0
+        if keep := self._kept_for(demand):
+            chunks = min(chunks, max(0, self.balloon.free_blocks - keep) // self._cache.chunk_blocks)
+        return chunks * self._cache.freed_bytes
 
     def _could_later(self, demand: Demand) -> bool:
         """Whether the engine's thread, or the grower's, can give what this one cannot."""
-        if self._waits_for_growth(demand):
+        if self._coming(demand):
             return True
         if not self.balloon.in_use():
             return False

@@ -14,6 +14,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from torch_elastic_mem.integrations.vllm import compat
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache, find, forget
+from torch_elastic_mem.integrations.vllm.connectors import Copies
 from torch_elastic_mem.integrations.vllm.controller import Controller, Needs
 from torch_elastic_mem.integrations.vllm.mover import Mover
 from torch_elastic_mem.integrations.vllm.worker import first_blocks
@@ -50,9 +51,10 @@ class Elastic(Base):
         assert cache is not None  # or it would be another class
         ahead = first_blocks(self.vllm_config, self.kv_cache_config)
         pool = self.kv_cache_manager.block_pool
+        self._copies = Copies(self.connector)
         self.elastic = Controller(
             cache,
-            Balloon(pool, cache.chunk_blocks, -(-ahead // cache.chunk_blocks)),
+            Balloon(pool, cache.chunk_blocks, -(-ahead // cache.chunk_blocks), self._copies.blocks),
             self._preempt_last,
             self._needs,
         )
@@ -72,6 +74,7 @@ class Elastic(Base):
             with self._admissions(), compat.delivered(self):
                 output = super().schedule(*args, **kwargs)
             self.elastic.step_scheduled()
+            self._copies.step_scheduled()
             self._memory.number(output)
             return output
 
@@ -104,6 +107,12 @@ class Elastic(Base):
                 return super().reset_prefix_cache(*args, **kwargs)
             finally:
                 balloon.park(parked)
+
+    def reset_connector_cache(self) -> Any:
+        """As vLLM's."""
+        with self.elastic.lock:
+            self._copies.forget()
+            return super().reset_connector_cache()
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's; a parked block is not in use."""
@@ -157,14 +166,22 @@ class Elastic(Base):
 
     @contextmanager
     def _admissions(self) -> Iterator[None]:
-        """Within the block nobody is admitted while the engine drains."""
+        """Within the block nobody is admitted while the engine drains, or after requests were preempted.
+
+        vLLM itself admits nobody in a step that preempts, and its connectors count on that: a request whose
+        preemption they hear of in a step asks for no load in it.
+        """
         before = self._pause_state
-        if before == PauseState.UNPAUSED and self.elastic.draining:
+        if before == PauseState.UNPAUSED and (self.elastic.draining or self.reset_preempted_req_ids):
             self._pause_state = PauseState.PAUSED_NEW
         try:
             yield
         finally:
             self._pause_state = before
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        self._copies.preempted(request.request_id)
 
     def _mover(self, cache: ElasticCache) -> Mover | None:
         if reason := compat.unmovable(self):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch_elastic_mem.account import Group
 from torch_elastic_mem.errors import InUseError
-from torch_elastic_mem.integrations.vllm import compat, line
+from torch_elastic_mem.integrations.vllm import compat, connectors, line
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache, arena_of, keep, open_account
 from torch_elastic_mem.integrations.vllm.rank import Rank
 from torch_elastic_mem.integrations.vllm.sleep import Sleep
@@ -69,7 +69,7 @@ class Elastic(Base):
         # The warm-up that follows runs a step of full size over the first blocks, and graphs are captured
         # over block 0.
         cache.ensure(range(-(-first_blocks(self.vllm_config, kv_cache_config) // cache.chunk_blocks)))
-        with cache.handed_out():
+        with cache.handed_out(), connectors.laid_out_as_configured(self.model_runner):
             super().initialize_from_config(kv_cache_config)
         cache.on_moved = lambda tables: compat.write_tables(self.model_runner, tables)
         self.elastic_cache = cache
@@ -89,6 +89,7 @@ class Elastic(Base):
         """The cache, without memory; None if it cannot be elastic."""
         try:
             compat.require_known_layers(kv_cache_config)
+            connectors.require_whole_layers(self.vllm_config.kv_transfer_config, kv_cache_config)
             compat.make_block_major(kv_cache_config)
             regions = compat.regions(kv_cache_config)
         except compat.Unsupported as reason:

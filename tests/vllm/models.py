@@ -11,11 +11,11 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.vllm import shapes
 from tests.vllm.engine import MiB, engine, fact, prompts, sampling
+from tests.vllm.late_copies import Offloading, copy_late
 from tests.vllm.pressing import Pressing
 
 CACHE = 48 * MiB
@@ -92,10 +92,27 @@ def speculating(folder: Path, method: str, shape: str | None = None) -> dict[str
     return {"speculative_config": config}
 
 
-def arguments(kind: str, folder: Path) -> dict[str, Any]:
-    """Of the engine, beyond what all of them have."""
+def connector(kind: str, folder: Path) -> dict[str, Any]:
     import torch
 
+    if kind == "several":
+        parts = [connector(each, folder) for each in ("offload", "simple_offload")]
+        name, extra = "MultiConnector", {"connectors": parts}
+    elif kind == "example_connector":
+        name, extra = "ExampleConnector", {"shared_storage_path": str(folder / "stored")}
+    else:
+        late, name = {
+            "simple_offload": (copy_late, "SimpleCPUOffloadConnector"),
+            "offload": (Offloading, "OffloadingConnector"),
+        }[kind]
+        if not torch.cuda.is_available():
+            late()
+        extra = {"cpu_bytes_to_use": 64 * MiB}
+    return {"kv_connector": name, "kv_role": "kv_both", "kv_connector_extra_config": extra}
+
+
+def arguments(kind: str, folder: Path) -> dict[str, Any]:
+    """Of the engine, beyond what all of them have."""
     match kind:
         # One request at a time: on the CPU these kernels answer otherwise where a step has several prompts.
         case "mla":
@@ -109,89 +126,13 @@ def arguments(kind: str, folder: Path) -> dict[str, Any]:
             return speculating(folder, "draft_model", "draft")
         case "eagle":
             return speculating(folder, "eagle", "eagle")
-        case "example_connector":
-            extra = {"shared_storage_path": str(folder / "stored")}
-            connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
-            return {"kv_transfer_config": connector | {"kv_connector_extra_config": extra}}
-        case "simple_offload":
-            if not torch.cuda.is_available():
-                copy_late()
-            extra = {"cpu_bytes_to_use": 64 * MiB}
-            connector = {"kv_connector": "SimpleCPUOffloadConnector", "kv_role": "kv_both"}
-            return {"kv_transfer_config": connector | {"kv_connector_extra_config": extra}}
+        case "example_connector" | "simple_offload" | "offload" | "several":
+            return {"kv_transfer_config": connector(kind, folder)}
         case "fp8":
             return {"kv_cache_dtype": "fp8_e4m3"}
         case "lora":
             return {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1, "max_cpu_loras": 1}
     return {}
-
-
-class LateCopies:
-    """In place of the streams that copy blocks on a GPU: a copy is made when vLLM has asked for it thrice."""
-
-    def init(self, cache: Any, kept: Any, *_: Any) -> None:
-        self._cache, self._kept = cache, kept
-
-    def launch_copy(
-        self,
-        source: list[int],
-        target: list[int],
-        is_store: bool,
-        event_idx: int,
-        events_list: list[Any],
-        wait_event: Any = None,
-    ) -> None:
-        events_list.append((event_idx, LateCopy(self, list(source), list(target), is_store)))
-
-    def copy(self, source: list[int], target: list[int], is_store: bool) -> None:
-        into, of = (self._kept, self._cache) if is_store else (self._cache, self._kept)
-        for name in into:
-            # Where a block has no memory this ends the process.
-            into[name][target] = of[name][source]
-
-
-class LateCopy:
-    """An event of vLLM's, by which it asks whether a copy has ended."""
-
-    def __init__(self, copies: LateCopies, *what: Any) -> None:
-        self._copies, self._what, self._asked = copies, what, 0
-
-    def query(self) -> bool:
-        self._asked += 1
-        if self._asked == 3:
-            self._copies.copy(*self._what)
-        return self._asked >= 3
-
-    def synchronize(self) -> None:
-        while not self.query():
-            pass
-
-
-def copy_late() -> None:
-    """Has `SimpleCPUOffloadConnector`, which is made for GPUs, work on the CPU."""
-    import torch
-    from vllm.v1.simple_kv_offload import worker
-
-    class Stream:
-        def __init__(self, **_: Any) -> None: ...
-
-        @staticmethod
-        def priority_range() -> tuple[int, int]:
-            return 0, 0
-
-    class Torch:
-        cuda = SimpleNamespace(Stream=Stream, current_stream=lambda: None)
-
-        @staticmethod
-        def Event() -> Any:
-            return SimpleNamespace(record=lambda _: None)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torch, name)
-
-    worker.torch = Torch()
-    worker.PIN_MEMORY = False
-    worker.DmaCopyBackend = LateCopies
 
 
 def served(llm: Any, seed: int, **more: Any) -> list[list[int]]:
@@ -262,6 +203,11 @@ def use(llm: Any, kind: str, folder: Path) -> list[Any]:
         case "example_connector" | "simple_offload":
             llm.reset_prefix_cache()
             told.append(served(llm, 1))
+        case "offload" | "several":
+            # What it is told to forget is copied yet, in the next step.
+            for forgets in (False, True, False):
+                llm.reset_prefix_cache(reset_connector=forgets)
+                told.append(served(llm, 1))
         case _:
             told.append(served(llm, 2))
     return told

@@ -29,7 +29,8 @@ class Engine:
         assert (self.cache.chunk_blocks, self.cache.freed_bytes) == (2, CHUNK)
         self.cache.ensure(range(resident))
         self.pool = pool_of(BLOCKS)
-        self.balloon = Balloon(self.pool, 2, resident)
+        self.read: set[int] = set()  # by a KV connector
+        self.balloon = Balloon(self.pool, 2, resident, lambda: self.read)
         self.requests: list[list[Any]] = []
         self.preempted_by: list[int] = []
         self.needs = Needs(0, 0, 0)

@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 import torch_elastic_mem as tem
 from tests.vllm.pools import cached, leave
 from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Demand, Engine
+from torch_elastic_mem.integrations.vllm.controller import Needs
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -154,4 +155,46 @@ def test_a_demand_for_more_than_there_is_takes_all_and_is_refused(full: Engine) 
     full.step()
     assert demand.ended() is False
     assert (len(full.preempted_by), full.cache.resident_bytes) == (2, CHUNK)
+    full.assert_sound()
+
+
+def test_a_demand_waits_for_copies_of_what_nobody_holds(full: Engine) -> None:
+    full.read = set(range(2, BLOCKS))
+    demand = Demand(full, 2 * CHUNK)
+    assert demand.waits()
+    full.read = {2, 3}
+    full.controller.reconsider()
+    assert demand.ended() is True
+    assert len(full.without_memory()) == 4 and not full.without_memory() & full.read
+    full.assert_sound()
+
+
+def test_while_nobody_can_spare_what_is_read_a_demand_does_not_wait_for_it(full: Engine) -> None:
+    full.read = set(range(2, BLOCKS))
+    full.needs = Needs(BLOCKS, BLOCKS, BLOCKS)
+    # A lowered `high` asks "evict" alone.
+    full.cache.account.set_limits(high=CHUNK, timeout=LONG)
+    assert (full.balloon.parked, full.demands()) == (0, [])
+
+
+def test_nobody_is_preempted_for_what_comes_free_once_it_is_copied(
+    full: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full.hold(*range(2, 16))
+    full.hold(*range(16, BLOCKS))
+
+    def preempt() -> bool:
+        full.read = {block.block_id for block in full.requests[-1]}
+        return full.preempt()
+
+    monkeypatch.setattr(full.controller, "_preempt", preempt)
+    demand = Demand(full, 4 * CHUNK)
+    assert demand.waits("pause")
+    full.step()
+    full.step()
+    assert (len(full.preempted_by), full.demands(), full.balloon.parked) == (1, ["pause"], 0)
+    full.read.clear()
+    full.controller.reconsider()
+    assert demand.ended() is True
+    assert (len(full.preempted_by), full.balloon.parked) == (1, 4)
     full.assert_sound()

@@ -41,6 +41,8 @@ def facts(how: str, kind: str) -> dict[str, Any]:
         pytest.param("reload", ["FullAttentionSpec"], marks=pytest.mark.slow),
         pytest.param("reset", ["FullAttentionSpec"], marks=pytest.mark.slow),
         pytest.param("simple_offload", ["FullAttentionSpec"], marks=pytest.mark.slow),
+        pytest.param("offload", ["FullAttentionSpec"], marks=pytest.mark.slow),
+        pytest.param("several", ["FullAttentionSpec"], marks=pytest.mark.slow),
         pytest.param("fp8", ["FullAttentionSpec"], marks=[pytest.mark.slow, needs_fp8]),
     ],
 )
@@ -51,5 +53,5 @@ def test_it_serves_the_same_tokens(kind: str, groups: list[str]) -> None:
     assert shared["scheduler"] == f"Elastic{alone['scheduler']}"
     assert any(shared["demands"]) and shared["least"] <= CACHE // 2
     assert shared["tokens"] == alone["tokens"]
-    if kind == "simple_offload":
+    if kind in ("simple_offload", "offload", "several"):
         assert shared["found elsewhere"] > 0, "what was dropped here came back from the connector"

@@ -18,7 +18,7 @@ from vllm.engine.arg_utils import EngineArgs
 from tests.broker.service import Service
 from tests.programs import ROOT
 from torch_elastic_mem.errors import BrokerError, InvalidArgument
-from torch_elastic_mem.integrations.vllm import compat, plugin
+from torch_elastic_mem.integrations.vllm import connectors, plugin
 from torch_elastic_mem.integrations.vllm.compat import Unsupported
 
 GPU, CPU = plugin.WORKERS
@@ -57,7 +57,7 @@ def sleeping(backend: str = "cumem", **more: Any) -> Any:
 
 
 def connector(name: str | None, module: str | None = None) -> Any:
-    return SimpleNamespace(kv_connector=name, kv_connector_module_path=module)
+    return SimpleNamespace(kv_connector=name, kv_connector_module_path=module, kv_connector_extra_config={})
 
 
 def with_other(path: str, value: object) -> Any:
@@ -123,9 +123,6 @@ def test_one_rank_gets_our_worker_beside_our_scheduler(
         ("model_config", sleeping(sleep_mode_offload_cudagraph=True), "CUDA graphs are not put away"),
         ("model_config.runner_type", "pooling", "pooling"),
         ("kv_transfer_config", connector("NixlConnector"), "NixlConnector may register or read all"),
-        ("kv_transfer_config", connector("MultiConnector"), "served are ExampleConnector and Simple"),
-        ("kv_transfer_config", connector("ExampleConnector", "mine"), "ExampleConnector may register"),
-        ("kv_transfer_config", connector("OffloadingConnector"), "VLLM_USE_SIMPLE_KV_OFFLOAD=1"),
     ],
 )
 def test_what_is_not_served_is_left_as_it_is(path: str, value: object, why: str) -> None:
@@ -172,17 +169,18 @@ def test_sleep_mode_is_served(model: Any) -> None:
     assert chosen(made) == (plugin.WORKERS[CPU], SCHEDULERS[0], "uni")
 
 
-@pytest.mark.parametrize("name", ["ExampleConnector", "SimpleCPUOffloadConnector", None])
-def test_connectors_that_hold_what_they_copy_are_served(name: str | None) -> None:
+@pytest.mark.parametrize("name", [*sorted(connectors.SERVED), None])
+def test_connectors_whose_copies_are_known_are_served(name: str | None) -> None:
     made = with_other("kv_transfer_config", connector(name))
     plugin.choose_classes(made)
     assert chosen(made) == (plugin.WORKERS[CPU], SCHEDULERS[0], "uni")
 
 
-def test_the_connectors_that_are_served_are_vllms() -> None:
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-
-    assert set(KVConnectorFactory._registry) >= compat.CONNECTORS | {"OffloadingConnector"}
+def test_one_that_copies_what_nobody_holds_is_not_served_in_sleep_mode() -> None:
+    made = with_other("kv_transfer_config", connector("OffloadingConnector"))
+    made.model_config = sleeping()
+    with pytest.raises(Unsupported, match="falls asleep"):
+        plugin.choose_classes(made)
 
 
 @pytest.mark.parametrize("value", [None, "0", "true", ""])
