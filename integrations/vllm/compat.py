@@ -179,7 +179,10 @@ def waiting(scheduler: Any) -> Iterator[Any]:
 
 
 def preempt(scheduler: Any, request: Any) -> None:
-    """Takes a running request's blocks; it queues and is computed anew, without what is in flight."""
+    """Takes a running request's blocks; it queues and is computed anew, without what is in flight.
+
+    Not in the step that follows: to the runner it would be a request that goes on.
+    """
     now = time.monotonic()
     scheduler.running.remove(request)
     if hasattr(request, "num_stale_output_tokens"):
@@ -190,8 +193,6 @@ def preempt(scheduler: Any, request: Any) -> None:
             # It counts outputs, of one token or of several that were drafted; one is in flight, if any.
             request.async_tokens_to_discard += request.num_output_placeholders > 0
             request.num_output_placeholders = 0
-    # It may be resumed in the very step that follows, which must then bring the runner all of it.
-    scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
 
 
 def _in_pipeline(scheduler: Any) -> bool:
