@@ -114,5 +114,19 @@ def test_a_runner_allocates_by_its_configuration_and_only_then() -> None:
         pass
 
 
+def test_this_release_has_the_blocks_of_a_job_where_they_are_looked_for() -> None:
+    import dataclasses
+
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+        RequestGroupState,
+        TransferJobStatus,
+    )
+
+    job = {field.name for field in dataclasses.fields(TransferJobStatus)}
+    blocks = {name for name in job if "block" in name}
+    assert blocks and blocks <= {*connectors.JOB_BLOCKS} and "is_store" in job
+    assert "block_ids" in {field.name for field in dataclasses.fields(RequestGroupState)}
+
+
 def test_an_engine_without_a_connector_has_no_copies() -> None:
     assert connectors.Copies(None).blocks() == set()
