@@ -143,7 +143,8 @@ bool Arena::wait_for_lease(Lock& lock, AccountId id, size_t bytes, Deadline dead
 /// that the closing is refused for it, and goes back before the account is closed again.
 void Arena::close_upstream(Lock& lock, AccountId id) {
   for (bool again = false;; again = true) {
-    upstream_->give_back(id, take_lease(id, unused(id)));
+    const size_t back = take_lease(id, unused(id));
+    upstream_->give_back(id, back);
     lock.unlock();
     std::optional<Error> refused;
     try {
@@ -153,8 +154,8 @@ void Arena::close_upstream(Lock& lock, AccountId id) {
     }
     lock = this->lock();
     if (!refused) return;
-    // Or it came and went: others may have asked for it meanwhile.
-    if (refused->kind() != Kind::kInUse || (again && unused(id) == 0)) throw Error(*refused);
+    // Nothing came: a demand is under way, or the driver does not take its memory back.
+    if (refused->kind() != Kind::kInUse || (again && back == 0)) throw Error(*refused);
   }
 }
 

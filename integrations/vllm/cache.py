@@ -191,19 +191,27 @@ class ElasticCache:
         blocks = self.blocks(chunks)
         done: list[tuple[ElasticKVTensor, list[int]]] = []
         try:
-            with torch.cuda.stream(self._filling):
+            with self._zeroed():
                 for part, layers in self._parts:
                     numbers = self._in_layers(blocks, layers)
                     part.ensure(numbers, timeout=timeout, rung=rung)
                     done.append((part, numbers))
-            if self._filling is not None:
-                self._filling.synchronize()
         except BaseException:
             # Behind the steps: what some of it lies on may have been theirs a moment ago.
             with torch.cuda.stream(self._stream):
                 for part, numbers in done:
                     part.release(numbers)
             raise
+
+    @contextmanager
+    def _zeroed(self) -> Iterator[None]:
+        """What comes within the block has been zeroed at its end, however it ends: some may go at once."""
+        with torch.cuda.stream(self._filling):
+            try:
+                yield
+            finally:
+                if self._filling is not None:
+                    self._filling.synchronize()
 
     def release(self, chunks: Iterable[int]) -> None:
         """Lets the memory under these chunks go, after all that the stream has been given so far."""

@@ -341,14 +341,14 @@ def require_known_layers(config: Any) -> None:
     Raises:
         Unsupported: it has layers of a kind that is not known here, or a part in host memory.
     """
-    specs = [spec for group in config.kv_cache_groups for spec in _layers(group.kv_cache_spec)]
+    specs = [spec for group in config.kv_cache_groups for spec in layers(group.kv_cache_spec)]
     if unknown := sorted({type(spec).__name__ for spec in specs} - LAYERS):
         raise Unsupported(f"its KV cache has layers of kinds that are not known here: {', '.join(unknown)}")
     if any(getattr(tensor, "host_resident", False) for tensor in config.kv_cache_tensors):
         raise Unsupported("part of its KV cache lies in host memory")
 
 
-def _layers(spec: Any) -> list[Any]:
+def layers(spec: Any) -> list[Any]:
     """What the layers of a group keep: one kind of spec, but layers may differ in the size of their heads."""
     return list(getattr(spec, "kv_cache_specs", {"": spec}).values())
 
@@ -356,4 +356,4 @@ def _layers(spec: Any) -> list[Any]:
 def states(spec: Any) -> int:
     """Blocks of a group that a request takes beyond those its tokens fill."""
     names = ("num_speculative_blocks", "num_prefill_checkpoint_blocks")
-    return sum(getattr(_layers(spec)[0], name, 0) for name in names)
+    return sum(getattr(layers(spec)[0], name, 0) for name in names)

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch_elastic_mem.integrations.vllm.compat import Unsupported
+from torch_elastic_mem.integrations.vllm.compat import Unsupported, layers
 
 # Those that touch a block only while it is held: within a step, or by a reference of their own.
 HOLDING = {"ExampleConnector", "SimpleCPUOffloadConnector"}
@@ -80,7 +80,7 @@ def require_whole_layers(transfer: Any, config: Any) -> None:
     if transfer is None or transfer.kv_connector is None:
         return
     copying = sorted({name for name, _, _ in _configured(transfer)} & COPYING)
-    kinds = {type(group.kv_cache_spec).__name__ for group in config.kv_cache_groups}
+    kinds = {type(spec).__name__ for group in config.kv_cache_groups for spec in layers(group.kv_cache_spec)}
     if copying and (others := sorted(kinds - WHOLE)):
         raise Unsupported(
             f"{copying[0]} copies blocks of {', '.join(others)} that have left the window, and their memory "

@@ -276,6 +276,20 @@ def test_a_grant_that_crosses_the_closing_of_its_account_goes_back_first(
     assert sum(broker.charged.values()) == 0
 
 
+def test_an_account_that_a_broker_never_closes_is_an_error_and_stays(
+    arena: tem.Arena, opened: Opened, broker: Scripted
+) -> None:
+    account, number = opened()
+    broker.charged[number] = 2 * MiB  # of which this process knows nothing
+    with pytest.raises(tem.InUseError, match="are leased to it"):
+        account.close()
+    assert len(broker.got(Close)) == 2
+    assert len(arena.snapshot().accounts) == 1
+    broker.charged[number] = 0
+    account.close()
+    assert not arena.snapshot().accounts
+
+
 def test_a_demand_is_taken_back_when_its_own_account_has_to_give(opened: Opened, broker: Scripted) -> None:
     # As malloc's, which may wait with the GIL: its account's reclaimers could not run until it is denied.
     broker.policy = lambda demand: None

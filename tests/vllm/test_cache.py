@@ -331,23 +331,28 @@ class Streams:
     @contextmanager
     def stream(self, stream: Any) -> Iterator[None]:
         before, self.current = self.current, stream or self.current
-        yield
-        self.current = before
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch, rung: Rung) -> Streams:
+    made = Streams(rung)
+    monkeypatch.setattr(torch.cuda, "Stream", made.Stream)
+    monkeypatch.setattr(torch.cuda, "stream", made.stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: made.engine)
+    monkeypatch.setattr(ElasticKVTensor, "stream", lambda _: made.current.of.handle)
+    return made
 
 
 @pytest.mark.rungs("fake")
-def test_what_comes_is_zeroed_whatever_the_engine_does_meanwhile(
-    monkeypatch: pytest.MonkeyPatch, rung: Rung
-) -> None:
+def test_what_comes_is_zeroed_whatever_the_engine_does_meanwhile(rung: Rung, streams: Streams) -> None:
     arena = rung.arena("32MiB")
     other = arena.account("other", "training").range("32MiB", keep="32MiB", extent="2MiB")
     other.grow("32MiB")
     rung.write(other.address, b"x" * 32 * MiB)
-    streams = Streams(rung)
-    monkeypatch.setattr(torch.cuda, "Stream", streams.Stream)
-    monkeypatch.setattr(torch.cuda, "stream", streams.stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams.engine)
-    monkeypatch.setattr(ElasticKVTensor, "stream", lambda _: streams.current.of.handle)
     cache = ElasticCache(arena.account("engine", "serving"), 16, [region(16, 1 * MiB)])
     cache.use_stream()
     other.shrink("32MiB")
@@ -355,6 +360,32 @@ def test_what_comes_is_zeroed_whatever_the_engine_does_meanwhile(
     (part, _), *_ = cache._parts
     address = part.tensors[0].data_ptr()
     assert not any(rung.read(address, 2 * cache.chunk_bytes)), "a connector may load into it at once"
+
+
+@pytest.mark.rungs("fake")
+def test_what_comes_in_vain_does_not_go_before_it_is_zeroed(
+    rung: Rung, streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = rung.arena("64MiB")
+    account = arena.account("engine", "serving", max="24MiB")
+    # The smaller region comes first, and then there is no room for the larger.
+    cache = ElasticCache(account, 16, [region(16, 1 * MiB), region(16, 2 * MiB)])
+    cache.use_stream()
+    done: list[str] = []
+    release = ElasticKVTensor.release
+
+    def released(part: ElasticKVTensor, blocks: list[int]) -> None:
+        done.append("engine" if streams.current is streams.engine else "aside")
+        release(part, blocks)
+
+    monkeypatch.setattr(cache._filling, "synchronize", lambda: done.append("zeroed"))
+    monkeypatch.setattr(ElasticKVTensor, "release", released)
+    with pytest.raises(tem.OutOfMemory):
+        cache.ensure(range(cache.num_chunks), timeout=0.1)
+    assert done == ["zeroed", "engine"]
+    streams.engine.of.complete()
+    arena.collect()
+    assert cache.resident_bytes == account.held == 0
 
 
 def test_a_short_chunk_at_the_end_is_not_waited_for(stuck: int) -> None:
