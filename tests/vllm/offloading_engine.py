@@ -15,6 +15,7 @@ from benchmarks.vllm import shapes
 from tests.vllm.engine import MiB, engine, fact, prompts, sampling
 from tests.vllm.late_copies import Offloading
 from tests.vllm.models import CACHE, LLAMA
+from tests.vllm.pressing import confine
 
 NEVER = 10**9
 
@@ -33,6 +34,7 @@ class Engine:
         self.scheduler = self.core.scheduler
         worker = self.core.model_executor.driver_worker.worker
         self.arena, self.cache = worker.elastic_arena, worker.elastic_cache
+        confine(self.arena, self.cache)
 
     def ask(self, seed: int, count: int, tokens: int, length: int = 100) -> None:
         for number, each in enumerate(prompts(seed, count)):

@@ -14,6 +14,7 @@ import torch
 from tests.programs import end, start
 from tests.vllm.facts import read
 from tests.vllm.models import CACHE
+from torch_elastic_mem.integrations.vllm import compat
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -47,6 +48,8 @@ def facts(how: str, kind: str) -> dict[str, Any]:
     ],
 )
 def test_it_serves_the_same_tokens(kind: str, groups: list[str]) -> None:
+    if kind == "several" and compat.release() == "0.26":
+        pytest.skip("its MultiConnector does not know the statistics of OffloadingConnector")
     with ThreadPoolExecutor(2) as threads:
         alone, shared = threads.map(facts, ("alone", "shared"), (kind, kind))
     assert shared["groups"] == alone["groups"] == groups

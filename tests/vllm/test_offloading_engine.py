@@ -18,7 +18,7 @@ def told() -> dict[str, Any]:
 
 
 def test_it_is_served(told: dict[str, Any]) -> None:
-    assert told["scheduler"] == "ElasticScheduler"
+    assert told["scheduler"] in ("ElasticScheduler", "ElasticAsyncScheduler")
 
 
 def test_the_blocks_of_a_request_that_has_just_ended_are_read_yet(told: dict[str, Any]) -> None:
