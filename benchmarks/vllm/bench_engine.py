@@ -17,7 +17,7 @@ from benchmarks import machine
 from benchmarks.options import backend_option, errors_as_messages, out_option
 from benchmarks.results import Result, command_line
 from benchmarks.terminal import progress, publish
-from benchmarks.vllm.engine import KVCACHED, OURS, STOCK, Opening
+from benchmarks.vllm.engine import CONTROL, KVCACHED, OURS, STOCK, Opening
 from benchmarks.vllm.engine_tables import SQUEEZED, tables
 from benchmarks.vllm.engine_worker import Squeeze
 from benchmarks.vllm.load import Load
@@ -122,6 +122,9 @@ class Rounds:
 @click.option("--seconds", default=8.0, show_default=True, help="How long requests arrive, at each rate.")
 @click.option("--eager", is_flag=True, help="Without CUDA graphs and compilation.")
 @click.option("--kvcached", is_flag=True, help="Beside kvcached too, which is to be installed.")
+@click.option(
+    "--control", is_flag=True, help="Beside a second stock engine too: how far are two of one kind apart?"
+)
 @out_option
 def main(
     backend: str,
@@ -131,6 +134,7 @@ def main(
     seconds: float,
     eager: bool,
     kvcached: bool,
+    control: bool,
     out: Path | None,
 ) -> None:
     """One model under stock vLLM and under ours, at rates from light to beyond saturation."""
@@ -142,7 +146,7 @@ def main(
     turns = [loads_of(rates, shape, seconds, on_cuda, turn) for turn in range(rounds + 1)]
     granularity = 2 * MIB
     squeeze = Squeeze(int(kv * (1 - LEFT)) // granularity * granularity, 1.0 if on_cuda else 0.3)
-    contenders = [STOCK, KVCACHED, OURS] if kvcached else [STOCK, OURS]
+    contenders = [STOCK, *[KVCACHED] * kvcached, OURS, *[CONTROL] * control]
     with errors_as_messages(), started("vllm.engine_worker", contenders, backend) as workers:
         asked = {"open": msgspec.to_builtins(opening)}
         with progress("starting the engines", len(workers)) as advance, ThreadPoolExecutor() as starting:

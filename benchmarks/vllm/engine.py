@@ -15,6 +15,8 @@ from benchmarks.vllm import shapes
 
 OURS = "ours"
 STOCK = "stock"
+# Stock as well: how far two engines of one kind are apart.
+CONTROL = "stock, again"
 KVCACHED = "kvcached"
 # What has kvcached change vLLM as it is imported; its patches need the V1 runner.
 _KVCACHED = {
@@ -46,7 +48,7 @@ def prepare(contender: str, **variables: str) -> None:
     """Sets this process's environment, before vLLM is imported.
 
     Args:
-        contender: STOCK, OURS or KVCACHED.
+        contender: STOCK, CONTROL, OURS or KVCACHED.
         variables: more of it.
 
     Raises:

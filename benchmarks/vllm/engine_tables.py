@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.figures import spread
 from benchmarks.results import TARGET_COLUMNS, Table, target_row
 from benchmarks.timing import Summary, paired_ratio, percentile, tail_ratio
-from benchmarks.vllm.engine import OURS, STOCK
+from benchmarks.vllm.engine import CONTROL, OURS, STOCK
 
 SQUEEZED = "ours, squeezed"
 THROUGHPUT_TARGET = 0.99
@@ -70,6 +70,8 @@ def tables(
             "From the demand until its memory is mapped.",
         )
     )
+    if any(CONTROL in answers for answers in loads.values()):
+        found.append(_apart(loads))
     return [*found, _targets(loads, idle, squeezes)]
 
 
@@ -93,6 +95,22 @@ def _rows(load: str, answers: Answers) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def _apart(loads: Mapping[str, Answers]) -> Table:
+    """What each engine saw over what the first stock one did, the second stock one among them."""
+    rows = []
+    for load, answers in loads.items():
+        stock = answers.get(STOCK, [])
+        for name, seen in answers.items():
+            if name == STOCK or not seen or not stock:
+                continue
+            output = paired_ratio(_each(seen, "output_per_second"), _each(stock, "output_per_second"))
+            tails = (_tail(seen, stock, what) for what in ("ttft", "tpot", "itl"))
+            rows.append([f"{load}, {name}", *(f"{each.median:.3f}" for each in (output, *tails))])
+    columns = ["load, engine", "output", "TTFT p99", "TPOT p99", "ITL p99"]
+    note = "Over the first stock engine. As far as the second is from it, the others may be by chance."
+    return Table("Beside a second stock engine", columns, rows, note)
 
 
 def _targets(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.vllm.bench_engine import Rounds
-from benchmarks.vllm.engine import KVCACHED, OURS, STOCK
+from benchmarks.vllm.engine import CONTROL, KVCACHED, OURS, STOCK
 from benchmarks.vllm.engine_tables import SQUEEZED, tables
 from benchmarks.vllm.engine_worker import Squeeze
 from benchmarks.vllm.load import Load
@@ -92,3 +92,13 @@ def test_a_p99_is_of_all_rounds_requests_and_of_the_times_between_tokens_by_roun
     assert told["4/s: TTFT p99 over stock"].startswith("0.800 (")
     assert told["4/s: TPOT p99 over stock"] == "1.000 (1.00 to 1.00)"
     assert told["4/s: ITL p99 over stock"] == "1.500 (1.25 to 1.75)"
+
+
+def test_how_far_a_second_stock_engine_is_from_the_first_stands_beside_how_far_the_others_are() -> None:
+    stock, again, ours = [seen(0.02, 0.010)], [seen(0.02, 0.011)], [seen(0.02, 0.012)]
+    answers = {"4/s": {STOCK: stock, OURS: ours, CONTROL: again}}
+    (beside,) = (each for each in tables(answers, [], []) if each.title == "Beside a second stock engine")
+    assert beside.rows == [
+        ["4/s, ours", "1.000", "1.000", "1.000", "1.200"],
+        ["4/s, stock, again", "1.000", "1.000", "1.000", "1.100"],
+    ]
