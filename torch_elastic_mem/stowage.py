@@ -15,6 +15,7 @@ import torch
 from torch_elastic_mem import _C, elastic_kv
 from torch_elastic_mem.account import Account
 from torch_elastic_mem.cpu_allocator import install_cpu_allocator
+from torch_elastic_mem.errors import TemError
 from torch_elastic_mem.torch_cuda import account_of_torch
 from torch_elastic_mem.torch_hooks import plain_hooks
 
@@ -23,8 +24,9 @@ _PIECE = 64 << 20
 # What all streams had been given when memory was put away has been waited for before: only events that have
 # not been looked at since are still out.
 _SETTLE = 5.0
-# Torch's pools have a bare pointer to it.
+# Torch's pools have bare pointers to these.
 _provider: Any = None
+_kept: list[Any] = []
 
 
 class Stowage:
@@ -79,6 +81,25 @@ class Stowage:
                     yield
         finally:
             _C.exchange_scope(previous)
+
+    def graph_pool(self) -> tuple[int, int]:
+        """A pool of torch's whose memory lies in it, whoever draws on it: for graphs that are captured.
+
+        It lives as long as the process, for graphs may.
+
+        Raises:
+            TemError: torch's memory on the account's device is not ours (`torch_allocator`).
+        """
+        device = self._account.device
+        if device.backend == "host" or account_of_torch(device.name) is None:
+            raise TemError(f"torch's memory on {device.name} is not an account's: see torch_allocator()")
+        pool: tuple[int, int] = torch.cuda.graph_pool_handle()
+        # A pool stays with the malloc that served when it was first used.
+        with self.allocations():
+            torch._C._cuda_beginAllocateCurrentThreadToPool(device.index, pool)
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+        _kept.append(self._heap)
+        return pool
 
     def put_away(self, *, keep: bool) -> None:
         """Lets all memory go. The caller has seen to it that nothing uses it any more, on any stream.

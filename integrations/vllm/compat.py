@@ -273,12 +273,9 @@ def write_tables(runner: Any, tables: Mapping[str, tuple[list[int], ...]]) -> No
     """
     if hasattr(runner, "block_tables"):
         rows = runner.req_states.req_id_to_index
-        for request, blocks in tables.items():
-            if request in rows:
-                runner.block_tables.append_block_ids(rows[request], blocks, overwrite=True)
-        # Not with the next step's own: a row may be another request's by then, and writes have no order.
-        runner.block_tables.apply_staged_writes()
-        torch.cuda.current_stream().synchronize()
+        _write_rows(
+            runner.block_tables, {rows[request]: held for request, held in tables.items() if request in rows}
+        )
         return
     if (event := getattr(runner, "prepare_inputs_event", None)) is not None:
         event.synchronize()
@@ -287,6 +284,27 @@ def write_tables(runner: Any, tables: Mapping[str, tuple[list[int], ...]]) -> No
             runner.requests[request].block_ids = blocks
         if (row := runner.input_batch.req_id_to_index.get(request)) is not None:
             runner.input_batch.block_table.add_row(blocks, row)
+
+
+def _write_rows(tables: Any, rows: Mapping[int, tuple[list[int], ...]]) -> None:
+    """Writes rows of the V2 runner's tables by copies on the engine's stream, and waits for nothing.
+
+    Not staged: the next step's own may be for the same row, of another request by then, and have no order.
+    """
+    groups = [table.gpu for table in tables.block_tables]
+    # Up to 0.28 a kernel may know a block as several.
+    splits = getattr(tables, "blocks_per_kv_block", [1] * len(groups))
+    written = [
+        (group[row], [block * split + part for block in blocks for part in range(split)])
+        for row, held in rows.items()
+        for group, blocks, split in zip(groups, held, splits, strict=True)
+    ]
+    # Torch keeps pinned memory until the copies from it are done.
+    numbers = torch.tensor(
+        [number for _, each in written for number in each], dtype=torch.int32, pin_memory=groups[0].is_cuda
+    )
+    for (row, each), part in zip(written, numbers.split([len(each) for _, each in written]), strict=True):
+        row[: len(each)].copy_(part, non_blocking=True)
 
 
 def other_ranks(parallel: Any) -> str | None:
@@ -306,8 +324,25 @@ def other_sleep(model_config: Any) -> str | None:
     if backend != "cumem":
         return f"it sleeps by a backend of its own, {backend}"
     if getattr(model_config, "sleep_mode_offload_cudagraph", False):
-        return "CUDA graphs are not put away while it sleeps"
+        return "what CUDA graphs work in sleeps under `tem run` only, and there of itself"
     return None
+
+
+@contextmanager
+def capturing_into(pool: tuple[int, int]) -> Iterator[None]:
+    """Within the block whatever captures CUDA graphs is given this pool of torch's to draw on.
+
+    It asks when the model is loaded, when the cache is made, or when it captures, and keeps the answer.
+    """
+    from vllm.platforms import current_platform
+
+    keeper = type(current_platform)
+    before, keeper._global_graph_pool = keeper._global_graph_pool, pool
+    try:
+        yield
+    finally:
+        # The next engine of this process may not sleep when this one does.
+        keeper._global_graph_pool = before
 
 
 @contextmanager

@@ -54,7 +54,8 @@ class ElasticWorker(Elastic, Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         """As vLLM's. What graphs and kernels took meanwhile outside the arena is not the cache's any more."""
-        done = super().compile_or_warm_up_model()
+        with self.capturing():
+            done = super().compile_or_warm_up_model()
         arena = self.elastic_arena
         if arena.broker is None:
             free, _ = torch.cuda.mem_get_info(self.device)

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import gc
 import logging
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import torch
 from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
 
-from torch_elastic_mem.errors import OutOfMemory
+from torch_elastic_mem.errors import InUseError, OutOfMemory
+from torch_elastic_mem.integrations.vllm import compat
 from torch_elastic_mem.stowage import Stowage
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch_elastic_mem.account import Account
     from torch_elastic_mem.arena import Arena
@@ -40,16 +41,44 @@ class Sleep(SleepModeBackend):
 
     Attributes:
         weights: what the model is loaded into.
+        graphs: what CUDA graphs work in. It comes and goes with the weights, and nothing of it is lost.
         cache: the KV cache, once there is one.
     """
 
     def __init__(self, arena: Arena, account: Account) -> None:
         super().__init__()
         self.weights = Stowage(account, "weights")
+        self.graphs = Stowage(account, "graphs")
         self.cache: ElasticCache | None = None
         self._arena = arena
         self._account = account
+        self._pool: tuple[int, int] | None = None  # torch's, of the graphs
         self._warm: int | None = None  # the reserve's upper mark, while it is lowered
+
+    def keep_graphs(self) -> None:
+        """Has the graphs that are captured within `capturing` work in memory that sleeps.
+
+        Raises:
+            TemError: torch's memory on the device is no account's.
+        """
+        self._pool = self.graphs.graph_pool()
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """The model is loaded within the block, and nothing else."""
+        with self.weights.allocations(), self.capturing():
+            yield
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """Graphs are captured, or made ready to be, within the block."""
+        return nullcontext() if self._pool is None else compat.capturing_into(self._pool)
+
+    def close(self) -> None:
+        """Gives all back. Graphs may outlive the engine, but do no more; the model goes with who has it."""
+        with suppress(InUseError):
+            self.graphs.put_away(keep=False)
+        with suppress(InUseError):
+            self.weights.close()
 
     def suspend(self, level: int = 1) -> None:
         """Gives the KV cache back, and the weights: at level 1 their bytes stay in host memory.
@@ -62,14 +91,14 @@ class Sleep(SleepModeBackend):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         cache = self._cache(away=False)
-        if cache is not None:
-            cache.put_away()
-        try:
-            self.weights.put_away(keep=level == 1)
-        except BaseException:
+        with ExitStack() as undo:
             if cache is not None:
-                cache.bring_back(WAKE)
-            raise
+                cache.put_away()
+                undo.callback(cache.bring_back, WAKE)
+            self.graphs.put_away(keep=True)
+            undo.callback(self.graphs.bring_back, WAKE)
+            self.weights.put_away(keep=level == 1)
+            undo.pop_all()
         self._state = "SUSPENDED"
         self.cool_down()
         log.info("asleep at level %d: %r holds %d MiB", level, self._account, self._account.held >> 20)
@@ -81,21 +110,23 @@ class Sleep(SleepModeBackend):
             OutOfMemory: the memory is not to be had. What slept sleeps on.
         """
         cache = self._cache(away=True) if tags is None or "kv_cache" in tags else None
-        weights = self.weights if self.weights.away and (tags is None or "weights" in tags) else None
-        wanted = (0 if cache is None else cache.bytes) + (0 if weights is None else weights.bytes)
+        weights = self.weights.away and (tags is None or "weights" in tags)
+        wanted = 0 if cache is None else cache.bytes
+        if weights:
+            wanted += self.weights.bytes + self.graphs.bytes
         self._warm_up()
         try:
             # Leased together, so that one never waits with the other in its hands.
-            with self._account.reserve(wanted, timeout=WAKE) if wanted else nullcontext():
+            lease = self._account.reserve(wanted, timeout=WAKE) if wanted else nullcontext()
+            with lease, ExitStack() as undo:
                 if cache is not None:
                     cache.bring_back(WAKE)
-                try:
-                    if weights is not None:
-                        weights.bring_back(WAKE)
-                except BaseException:
-                    if cache is not None:
-                        cache.put_away()
-                    raise
+                    undo.callback(cache.put_away)
+                if weights:
+                    self.graphs.bring_back(WAKE)
+                    undo.callback(self.graphs.put_away, keep=True)
+                    self.weights.bring_back(WAKE)
+                undo.pop_all()
         except OutOfMemory as reason:
             self.cool_down()
             raise OutOfMemory(f"the engine does not wake up, and sleeps on: {reason}") from None
@@ -108,6 +139,7 @@ class Sleep(SleepModeBackend):
         if "kv_cache" in tags and cache is not None:
             cache.put_away()
         if "weights" in tags:
+            self.graphs.put_away(keep=True)
             self.weights.put_away(keep=False)
         self._state = "SUSPENDED"
         self.cool_down()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch_elastic_mem.account import Group
-from torch_elastic_mem.errors import InUseError
 from torch_elastic_mem.integrations.vllm import compat, connectors, line
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache, arena_of, keep, open_account
 from torch_elastic_mem.integrations.vllm.rank import Rank
 from torch_elastic_mem.integrations.vllm.sleep import Sleep
+from torch_elastic_mem.torch_cuda import account_of_torch
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as Base
@@ -56,7 +56,19 @@ class Elastic(Base):
             self.open_elastic_account(None)
             self.elastic_sleep = Sleep(self.elastic_arena, self.elastic_account)
             self._sleep_mode_backend = self.elastic_sleep
-        return self.elastic_sleep.weights.allocations()
+            if self._graphs_can_sleep():
+                self.elastic_sleep.keep_graphs()
+        return self.elastic_sleep.loading()
+
+    def _graphs_can_sleep(self) -> bool:
+        """Torch's memory is an account's, and nobody has been given parts of it, as NCCL is among ranks."""
+        if self.elastic_arena.device == "cpu" or self.vllm_config.parallel_config.world_size > 1:
+            return False
+        return account_of_torch(self.elastic_arena.device) is not None
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """Within the block CUDA graphs are captured, or what captures them is made."""
+        return nullcontext() if self.elastic_sleep is None else self.elastic_sleep.capturing()
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Makes the KV cache, with memory under as many blocks as one step may use."""
@@ -69,7 +81,7 @@ class Elastic(Base):
         # The warm-up that follows runs a step of full size over the first blocks, and graphs are captured
         # over block 0.
         cache.ensure(range(-(-first_blocks(self.vllm_config, kv_cache_config) // cache.chunk_blocks)))
-        with cache.handed_out(), connectors.laid_out_as_configured(self.model_runner):
+        with cache.handed_out(), connectors.laid_out_as_configured(self.model_runner), self.capturing():
             super().initialize_from_config(kv_cache_config)
         cache.on_moved = lambda tables: compat.write_tables(self.model_runner, tables)
         self.elastic_cache = cache
@@ -149,8 +161,7 @@ class Elastic(Base):
             # Who has a view of the cache has not the model too.
             self.elastic_cache.on_moved = lambda _: None
         if self.elastic_sleep is not None:
-            with suppress(InUseError):  # somebody has the model; then its memory goes with the tensors
-                self.elastic_sleep.weights.close()
+            self.elastic_sleep.close()
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
         """The layouts that the attention backends take, those first whose blocks lie whole.

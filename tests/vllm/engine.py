@@ -268,6 +268,38 @@ def sleeping(llm: Any) -> None:
     llm.llm_engine.engine_core.shutdown()
 
 
+def sleeping_graphs(llm: Any) -> None:
+    """Under torch's memory of ours, what graphs work in sleeps too; somebody else has had it meanwhile."""
+    import torch
+    from vllm.platforms import current_platform
+
+    import torch_elastic_mem as tem
+
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    sleep, account, arena = worker.elastic_sleep, worker.elastic_account, worker.elastic_arena
+    parameters = list(worker.model_runner.get_model().parameters())
+    told: dict[str, Any] = {"graphs": sleep.graphs.bytes, "weights": sleep.weights.bytes}
+    told["the next engine's too"] = type(current_platform)._global_graph_pool == sleep._pool
+    told["tokens"] = [tokens(llm, 1, 8)]
+    for level in (1, 2):
+        state = [each.cpu() for each in parameters] if level == 2 else []
+        awake = account.held
+        llm.sleep(level=level)
+        told[f"level {level}"] = [sleep.graphs.resident_bytes, awake - account.held]
+        with arena.account("neighbour", tem.PriorityClass("pressing", 10**6)) as other:
+            memory = other.range(awake)
+            memory.grow(awake)
+            memory.close()
+            torch.cuda.synchronize()
+        llm.wake_up()
+        for each, was in zip(parameters, state, strict=False):
+            each.data.copy_(was)
+        told["tokens"].append(tokens(llm, 1, 8))
+    for name, value in told.items():
+        fact(name, value)
+    llm.llm_engine.engine_core.shutdown()
+
+
 def apart(llm: Any) -> None:
     """The engine in a process of its own; a line on stdin says when to go on."""
     fact("tokens", [tokens(llm, 1), None])
@@ -342,6 +374,12 @@ def main() -> None:
         more: dict[str, Any] = {"async_scheduling": True} if asynchronous else {}
         if scenario.startswith("sleeping"):
             more["enable_sleep_mode"] = may_sleep()
+        if scenario == "sleeping_graphs":
+            more |= {
+                "enforce_eager": False,
+                "dtype": "bfloat16",
+                "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+            }
         llm = engine(Path(folder), shape, **more)
         globals()[scenario](llm)
 

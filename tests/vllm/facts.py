@@ -31,7 +31,12 @@ def facts(scenario: str, shape: str = "tiny", program: str = "tests.vllm.engine"
 
 def under_tem_run(runtime: Path, *options: str) -> subprocess.Popen[str]:
     """An engine whose core is a process of its own, with a broker that `tem run` starts for it."""
-    engine = [sys.executable, "-m", "tests.vllm.engine", "apart", "tiny"]
+    return run_by_tem(runtime, "apart", *options)
+
+
+def run_by_tem(runtime: Path, scenario: str, *options: str) -> subprocess.Popen[str]:
+    """An engine in the process that `tem run` starts, and a broker of its own."""
+    engine = [sys.executable, "-m", "tests.vllm.engine", scenario, "tiny"]
     return start(*TEM_RUN, *options, "--", *engine, TEM_RUNTIME_DIR=str(runtime))
 
 

@@ -11,8 +11,9 @@ pytest.importorskip("vllm")
 
 import torch
 
+from tests.programs import end
 from tests.vllm.engine import CACHE
-from tests.vllm.facts import facts, read, under_tem_run
+from tests.vllm.facts import facts, read, run_by_tem, under_tem_run
 from torch_elastic_mem.broker.control import ControlClient
 
 pytestmark = [
@@ -63,6 +64,21 @@ def test_a_sleeper_holds_nothing_and_wakes_up_as_it_was(told: dict[tuple[str, st
     assert sleeping["asleep"] == sleeping["asleep at level 2"][0] == 0
     assert sleeping["addresses stay"] and sleeping["buffers"]
     assert all(each == sleeping["tokens"][0] for each in sleeping["tokens"])
+
+
+def test_under_tem_run_what_graphs_work_in_sleeps_and_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TEM_BROKER", raising=False)
+    done = end(run_by_tem(tmp_path_factory.mktemp("g"), "sleeping_graphs", "--max", "8GiB"), timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+    told_by_it = dict(map(read, done.stdout.splitlines()))
+    assert told_by_it["graphs"] > 0 and told_by_it["the next engine's too"] is False
+    for level in (1, 2):
+        left, given = told_by_it[f"level {level}"]
+        assert left == 0 and given > told_by_it["graphs"] + told_by_it["weights"]
+    first, *others = told_by_it["tokens"]
+    assert all(each == first for each in others)
 
 
 def test_under_tem_run_its_cache_and_its_torch_are_one_tenant(

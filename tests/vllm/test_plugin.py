@@ -120,7 +120,7 @@ def test_one_rank_gets_our_worker_beside_our_scheduler(
         ("parallel_config.distributed_executor_backend", SimpleNamespace, "started by"),
         ("scheduler_config.scheduler_cls", "mine.Scheduler", "a scheduler class of its own, mine.Scheduler"),
         ("model_config", sleeping("mine"), "a backend of its own, mine"),
-        ("model_config", sleeping(sleep_mode_offload_cudagraph=True), "CUDA graphs are not put away"),
+        ("model_config", sleeping(sleep_mode_offload_cudagraph=True), "sleeps under `tem run` only"),
         ("model_config.runner_type", "pooling", "pooling"),
         ("kv_transfer_config", connector("NixlConnector"), "NixlConnector may register or read all"),
     ],

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
+from vllm.platforms import current_platform
 
 import torch_elastic_mem as tem
 from tests.broker.service import Service
@@ -92,7 +93,7 @@ def test_one_that_is_closed_while_it_sleeps_has_given_everything_back(full: Engi
 
 
 class Sleeper:
-    """A small engine with weights beside its cache."""
+    """A small engine with weights beside its cache, and with what graphs work in."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.arena = engine, engine.arena
@@ -101,12 +102,16 @@ class Sleeper:
         self.sleep.cache = engine.cache
         with self.sleep.weights.allocations():
             self.weight = torch.arange(2 * MiB, dtype=torch.int32)
-        self.address = self.weight.data_ptr()
-        self.bytes = self.sleep.weights.bytes
+        with self.sleep.graphs.allocations():
+            self.work = torch.arange(MiB // 2, dtype=torch.int32)
+        self.addresses = self.weight.data_ptr(), self.work.data_ptr()
+        self.bytes = self.sleep.weights.bytes + self.sleep.graphs.bytes
 
-    def whole(self) -> bool:
-        same = torch.equal(self.weight, torch.arange(2 * MiB, dtype=torch.int32))
-        return same and self.weight.data_ptr() == self.address
+    def whole(self, *, weights: bool = True) -> bool:
+        same = torch.equal(self.work, torch.arange(MiB // 2, dtype=torch.int32)) and (
+            not weights or torch.equal(self.weight, torch.arange(2 * MiB, dtype=torch.int32))
+        )
+        return same and self.addresses == (self.weight.data_ptr(), self.work.data_ptr())
 
     def taken(self, left: int) -> None:
         """A neighbour takes all but so many bytes."""
@@ -128,9 +133,11 @@ def sleeper(extension: None, engines: list[Any], monkeypatch: pytest.MonkeyPatch
     engines.append(Engine(BLOCKS // 2, 32 * MiB))
     made = Sleeper(engines[-1])
     yield made
-    made.sleep.weights.bring_back(LONG)
-    del made.weight
-    made.sleep.weights.close()
+    for stowage in (made.sleep.weights, made.sleep.graphs):
+        stowage.bring_back(LONG)
+    del made.weight, made.work
+    made.sleep.close()
+    made.sleep.graphs.close()
 
 
 def test_a_sleeping_engine_holds_nothing(sleeper: Sleeper) -> None:
@@ -141,11 +148,11 @@ def test_a_sleeping_engine_holds_nothing(sleeper: Sleeper) -> None:
     assert sleeper.whole()
 
 
-def test_level_2_keeps_no_bytes(sleeper: Sleeper) -> None:
+def test_level_2_keeps_no_bytes_but_those_that_graphs_work_in(sleeper: Sleeper) -> None:
     sleeper.sleep.suspend(2)
-    assert sleeper.sleep.weights._saved == []
+    assert sleeper.sleep.weights._saved == [] and sleeper.sleep.graphs._saved != []
     sleeper.sleep.resume()
-    assert sleeper.weight.data_ptr() == sleeper.address
+    assert sleeper.whole(weights=False)
 
 
 @pytest.mark.parametrize("order", [["weights", "kv_cache"], ["kv_cache", "weights"]])
@@ -168,7 +175,7 @@ def test_a_wake_up_that_cannot_have_all_has_nothing_and_says_who_holds_it(
     with pytest.raises(tem.OutOfMemory, match=r"sleeps on: .*pressing holds"):
         sleeper.sleep.resume()
     assert (sleeper.account.held, sleeper.sleep.state()) == (0, "SUSPENDED")
-    assert sleeper.sleep.weights.away and sleeper.engine.controller.away
+    assert sleeper.sleep.weights.away and sleeper.sleep.graphs.away and sleeper.engine.controller.away
     sleeper.engine.pressing.shrink(sleeper.engine.pressing.mapped)
     sleeper.sleep.resume()
     assert sleeper.whole()
@@ -207,6 +214,23 @@ def test_an_engine_whose_weights_cannot_go_stays_awake(
     assert (sleeper.engine.controller.away, sleeper.sleep.state()) == (False, "RUNNING")
     assert sleeper.whole()
     sleeper.engine.assert_sound()
+
+
+def test_what_graphs_work_in_goes_with_the_engine_and_the_weights_with_who_has_the_model(
+    sleeper: Sleeper,
+) -> None:
+    sleeper.engine.controller.put_away()
+    sleeper.sleep.close()
+    assert sleeper.account.held == sleeper.sleep.weights.bytes
+    sleeper.engine.controller.bring_back(LONG)
+
+
+def test_graphs_of_an_engine_whose_torch_is_nobodys_account_stay_as_they_are(sleeper: Sleeper) -> None:
+    with pytest.raises(tem.TemError, match="torch_allocator"):
+        sleeper.sleep.keep_graphs()
+    before = type(current_platform)._global_graph_pool
+    with sleeper.sleep.capturing():
+        assert type(current_platform)._global_graph_pool == before
 
 
 def test_warm_extents_go_with_the_last_who_is_awake_and_come_back(sleeper: Sleeper) -> None:

@@ -111,21 +111,34 @@ def test_the_v1_runners_rows_are_written_when_the_device_has_the_ones_before() -
     assert runner.requests["b"].block_ids == ([3],), "it is not in this step's batch, and comes back"
 
 
-def test_the_v2_runners_rows_are_on_the_device_before_the_next_step_stages_its_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    told: list[Any] = []
-    stream = SimpleNamespace(synchronize=lambda: told.append("waited"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+@pytest.mark.parametrize("split", [1, 2])
+def test_the_v2_runners_rows_are_written_on_the_device_and_nothing_else_is(split: int) -> None:
+    groups = [torch.full((5, 8), -1, dtype=torch.int32) for _ in range(2)]
+    tables = SimpleNamespace(block_tables=[SimpleNamespace(gpu=group) for group in groups])
+    if split > 1:  # as up to 0.28; later releases do not know it
+        tables.blocks_per_kv_block = [1, split]
     runner = SimpleNamespace(
-        req_states=SimpleNamespace(req_id_to_index={"a": 4}),
-        block_tables=SimpleNamespace(
-            append_block_ids=lambda row, blocks, overwrite: told.append((row, blocks, overwrite)),
-            apply_staged_writes=lambda: told.append("applied"),
-        ),
+        req_states=SimpleNamespace(req_id_to_index={"a": 4, "b": 1, "c": 0}), block_tables=tables
     )
-    compat.write_tables(runner, {"a": ([1, 2],), "ended": ([5],)})
-    assert told == [(4, ([1, 2],), True), "applied", "waited"]
+    compat.write_tables(runner, {"a": ([1, 2], [3]), "ended": ([5], [6]), "b": ([], [7, 8])})
+    first, second = (group.clone() for group in groups)
+    assert first[4].tolist() == [1, 2, *[-1] * 6]
+    parts = [3] if split == 1 else [6, 7]
+    assert second[4].tolist() == parts + [-1] * (8 - len(parts))
+    parts = [7, 8] if split == 1 else [14, 15, 16, 17]
+    assert second[1].tolist() == parts + [-1] * (8 - len(parts))
+    first[4] = second[4] = second[1] = -1
+    assert (first == -1).all() and (second == -1).all()
+
+
+def test_nothing_is_written_to_a_v2_runner_that_has_none_of_the_requests() -> None:
+    table = torch.full((5, 8), -1, dtype=torch.int32)
+    runner = SimpleNamespace(
+        req_states=SimpleNamespace(req_id_to_index={}),
+        block_tables=SimpleNamespace(block_tables=[SimpleNamespace(gpu=table)]),
+    )
+    compat.write_tables(runner, {"ended": ([5],)})
+    assert (table == -1).all()
 
 
 def engine(*kinds: str, **more: Any) -> Any:
@@ -173,8 +186,9 @@ def test_this_release_has_what_a_move_touches() -> None:
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
     from vllm.v1.worker import gpu_input_batch, gpu_model_runner
     from vllm.v1.worker.block_table import MultiGroupBlockTable
-    from vllm.v1.worker.gpu import model_runner
+    from vllm.v1.worker.gpu import model_runner, states
     from vllm.v1.worker.gpu.block_table import BlockTables
+    from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 
     assert all(hasattr(kv_cache_interface, kind) for kind in compat.MOVABLE)
     assert "self.req_to_blocks" in inspect.getsource(SingleTypeKVCacheManager.__init__)
@@ -183,9 +197,14 @@ def test_this_release_has_what_a_move_touches() -> None:
     assert rows == ["self", "block_ids", "row_idx"]
     assert "block_ids: tuple[list[int], ...]" in inspect.getsource(gpu_input_batch.CachedRequestState)
     assert "self.prepare_inputs_event" in inspect.getsource(gpu_model_runner.GPUModelRunner.__init__)
-    staged = list(inspect.signature(BlockTables.append_block_ids).parameters)
-    assert staged == ["self", "req_index", "new_block_ids", "overwrite"]
-    assert hasattr(BlockTables, "apply_staged_writes")
+    tables = inspect.getsource(BlockTables)
+    assert (
+        "self.block_tables: list[StagedWriteTensor]" in tables
+        and "(self.max_num_reqs, max_num_blocks)" in tables
+    )
+    assert ("self.blocks_per_kv_block = " in tables) == (compat.release() == "0.26")
+    assert "self.gpu = torch.zeros(size, dtype=dtype, device=device)" in inspect.getsource(StagedWriteTensor)
+    assert "req_id_to_index" in inspect.getsource(states.RequestState)
     v2, v1 = inspect.getsource(model_runner), inspect.getsource(gpu_model_runner)
     assert "self.block_tables = BlockTables(" in v2 and "self.input_batch = " not in v2
     assert "self.input_batch = InputBatch(" in v1 and "self.block_tables = " not in v1

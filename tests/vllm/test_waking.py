@@ -10,6 +10,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.compilation import cuda_graph
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu import cudagraph_utils
 from vllm.v1.worker.gpu_worker import Worker
 
 from torch_elastic_mem.integrations.vllm import compat
@@ -55,6 +58,21 @@ def test_a_refusal_leaves_what_is_to_be_restored() -> None:
         raise MemoryError
     assert made._sleep_saved_buffers == {"a": 1}
     assert made.model_runner.post_kv_cache_wake_up() == "restored"
+
+
+def test_graphs_draw_on_the_pool_that_is_given_while_they_are_captured_and_no_longer() -> None:
+    keeper = type(current_platform)
+    before = keeper._global_graph_pool
+    with pytest.raises(MemoryError), compat.capturing_into((0, 7)):
+        assert current_platform.get_global_graph_pool() == (0, 7)
+        raise MemoryError
+    assert keeper._global_graph_pool == before
+
+
+def test_this_release_asks_for_the_pool_when_it_makes_what_captures() -> None:
+    asks = "= current_platform.get_global_graph_pool()"
+    assert f"self.pool {asks}" in inspect.getsource(cudagraph_utils)
+    assert f"self.graph_pool {asks}" in inspect.getsource(cuda_graph.CUDAGraphWrapper.__init__)
 
 
 def test_this_release_has_what_a_sleep_goes_through() -> None:
