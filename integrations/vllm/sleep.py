@@ -74,11 +74,14 @@ class Sleep(SleepModeBackend):
         return nullcontext() if self._pool is None else compat.capturing_into(self._pool)
 
     def close(self) -> None:
-        """Gives all back. Graphs may outlive the engine, but do no more; the model goes with who has it."""
-        with suppress(InUseError):
-            self.graphs.put_away(keep=False)
+        """Gives back what nobody has any more. The model goes with who has it, and graphs do nothing more."""
         with suppress(InUseError):
             self.weights.close()
+        with suppress(InUseError):
+            if self._pool is None:
+                self.graphs.close()
+            else:
+                self.graphs.put_away(keep=False)
 
     def suspend(self, level: int = 1) -> None:
         """Gives the KV cache back, and the weights: at level 1 their bytes stay in host memory.

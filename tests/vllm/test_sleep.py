@@ -219,10 +219,18 @@ def test_an_engine_whose_weights_cannot_go_stays_awake(
 def test_what_graphs_work_in_goes_with_the_engine_and_the_weights_with_who_has_the_model(
     sleeper: Sleeper,
 ) -> None:
+    sleeper.sleep._pool = (0, 1)
     sleeper.engine.controller.put_away()
     sleeper.sleep.close()
     assert sleeper.account.held == sleeper.sleep.weights.bytes
     sleeper.engine.controller.bring_back(LONG)
+
+
+def test_an_account_can_be_closed_after_an_engine_that_had_no_graphs() -> None:
+    with tem.Arena("host", capacity=16 * MiB, broker=None) as arena:
+        account = arena.account("engine", "serving")
+        Sleep(arena, account).close()
+        account.close()
 
 
 def test_graphs_of_an_engine_whose_torch_is_nobodys_account_stay_as_they_are(sleeper: Sleeper) -> None:
