@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ _host: Arena | None = None  # guarded by the lock
 _caches: dict[str, ElasticCache | Ranks] = {}
 _opened: list[Account] = []  # by open_account
 _left: list[Account] = []  # of these, those whose engine has ended
+_unclosed: list[Callable[[], None]] = []  # what closes what tensors have outlived
 
 
 class ElasticCache:
@@ -336,8 +337,19 @@ def open_account(arena: Arena) -> Account:
             number += 1
 
 
+def close_later(close: Callable[[], None]) -> None:
+    """Calls it, and as long as it raises `InUseError` again whenever an engine starts or ends."""
+    with _lock:
+        _unclosed.append(close)
+    _close_left()
+
+
 def _close_left() -> None:
     with _lock:
+        for close in list(_unclosed):
+            with suppress(InUseError):
+                close()
+                _unclosed.remove(close)
         for account in list(_left):
             try:
                 account.close()

@@ -16,6 +16,7 @@ from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
 
 from torch_elastic_mem.errors import InUseError, OutOfMemory
 from torch_elastic_mem.integrations.vllm import compat
+from torch_elastic_mem.integrations.vllm.cache import close_later
 from torch_elastic_mem.stowage import Stowage
 
 if TYPE_CHECKING:
@@ -75,13 +76,12 @@ class Sleep(SleepModeBackend):
 
     def close(self) -> None:
         """Gives back what nobody has any more. The model goes with who has it, and graphs do nothing more."""
+        close_later(self.weights.close)
+        if self._pool is None:
+            close_later(self.graphs.close)
+            return
         with suppress(InUseError):
-            self.weights.close()
-        with suppress(InUseError):
-            if self._pool is None:
-                self.graphs.close()
-            else:
-                self.graphs.put_away(keep=False)
+            self.graphs.put_away(keep=False)
 
     def suspend(self, level: int = 1) -> None:
         """Gives the KV cache back, and the weights: at level 1 their bytes stay in host memory.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.vllm.pools import cached, leave
 from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Demand, Engine, MiB
 from torch_elastic_mem.extension import torch_extension
 from torch_elastic_mem.integrations.vllm import sleep as module
+from torch_elastic_mem.integrations.vllm.cache import open_account
 from torch_elastic_mem.integrations.vllm.sleep import Sleep
 
 pytestmark = pytest.mark.timeout(400)
@@ -230,6 +232,20 @@ def test_an_account_can_be_closed_after_an_engine_that_had_no_graphs() -> None:
     with tem.Arena("host", capacity=16 * MiB, broker=None) as arena:
         account = arena.account("engine", "serving")
         Sleep(arena, account).close()
+        account.close()
+
+
+def test_weights_that_outlive_their_engine_are_closed_when_the_next_one_comes(extension: None) -> None:
+    with tem.Arena("host", capacity=16 * MiB, broker=None) as arena:
+        account = arena.account("engine", "serving")
+        sleep = Sleep(arena, account)
+        with sleep.weights.allocations():
+            weight = torch.ones(MiB)
+        sleep.close()
+        assert account.held >= weight.nbytes
+        del sleep, weight
+        gc.collect()
+        open_account(arena).close()
         account.close()
 
 
