@@ -47,7 +47,7 @@ class ElasticWorker(Elastic, Worker):
             own = torch.cuda.max_memory_reserved(self.device)
             if self.elastic_sleep is not None and account_of_torch(arena.device) is not None:
                 # They are in a malloc of their own then, which torch does not count.
-                own += self.elastic_sleep.weights.bytes
+                own += self.elastic_sleep.bytes
             room = min(room - own - CONTEXT, arena.capacity)
         limit = self.elastic_account.limits.max
         return room if limit is None else min(room, limit)

@@ -1,7 +1,8 @@
 """What vLLM's sleep and wake-up do to an engine's memory here.
 
-vLLM's own way is an allocator of its own for weights and KV cache. Here the weights lie in a `Stowage`, and
-the KV cache is the arena's in any case; vLLM's worker, executor and routes are as they were.
+vLLM's own way is an allocator of its own for weights, KV cache and, from 0.32 on, what its runner needs
+beside them. Here each of these lies in a `Stowage`, but for the KV cache, which is the arena's in any case;
+vLLM's worker, executor and routes are as they were.
 """
 
 from __future__ import annotations
@@ -42,14 +43,17 @@ class Sleep(SleepModeBackend):
 
     Attributes:
         weights: what the model is loaded into.
-        graphs: what CUDA graphs work in. It comes and goes with the weights, and nothing of it is lost.
+        runtime: the runner's state, and what CUDA graphs work in. It is back with whatever wakes first, and
+            nothing of it is lost.
+        scratch: what holds nothing from step to step. It is back with whatever wakes first, too.
         cache: the KV cache, once there is one.
     """
 
     def __init__(self, arena: Arena, account: Account) -> None:
         super().__init__()
         self.weights = Stowage(account, "weights")
-        self.graphs = Stowage(account, "graphs")
+        self.runtime = Stowage(account, "state")
+        self.scratch = Stowage(account, "scratch")
         self.cache: ElasticCache | None = None
         self._arena = arena
         self._account = account
@@ -62,11 +66,21 @@ class Sleep(SleepModeBackend):
         Raises:
             TemError: torch's memory on the device is no account's.
         """
-        self._pool = self.graphs.graph_pool()
+        self._pool = self.runtime.graph_pool()
+
+    def allocations(self, tag: str) -> AbstractContextManager[None]:
+        """What vLLM allocates under a tag of its own lies in what sleeps, within the block."""
+        match tag:
+            case "weights":
+                return self._loading()
+            case "runtime":
+                return self.runtime.allocations()
+            case "workspace":
+                return self.scratch.allocations()
+        return nullcontext()  # the KV cache is the arena's in any case
 
     @contextmanager
-    def loading(self) -> Iterator[None]:
-        """The model is loaded within the block, and nothing else."""
+    def _loading(self) -> Iterator[None]:
         with self.weights.allocations(), self.capturing():
             yield
 
@@ -74,14 +88,19 @@ class Sleep(SleepModeBackend):
         """Graphs are captured, or made ready to be, within the block."""
         return nullcontext() if self._pool is None else compat.capturing_into(self._pool)
 
+    @property
+    def bytes(self) -> int:
+        """Of all but the cache; while it sleeps, those that waking up takes."""
+        return sum(stowage.bytes for stowage, _ in self._stowages())
+
     def close(self) -> None:
         """Gives back what nobody has any more. The model goes with who has it, and graphs do nothing more."""
-        close_later(self.weights.close)
-        if self._pool is None:
-            close_later(self.graphs.close)
-            return
-        with suppress(InUseError):
-            self.graphs.put_away(keep=False)
+        for stowage, _ in self._stowages():
+            if stowage is not self.runtime or self._pool is None:
+                close_later(stowage.close)
+                continue
+            with suppress(InUseError):
+                stowage.put_away(keep=False)
 
     def suspend(self, level: int = 1) -> None:
         """Gives the KV cache back, and the weights: at level 1 their bytes stay in host memory.
@@ -98,9 +117,10 @@ class Sleep(SleepModeBackend):
             if cache is not None:
                 cache.put_away()
                 undo.callback(cache.bring_back, WAKE)
-            self.graphs.put_away(keep=True)
-            undo.callback(self.graphs.bring_back, WAKE)
-            self.weights.put_away(keep=level == 1)
+            for stowage, keep in self._stowages(level):
+                if not stowage.away:
+                    stowage.put_away(keep=keep)
+                    undo.callback(stowage.bring_back, WAKE)
             undo.pop_all()
         self._state = "SUSPENDED"
         self.cool_down()
@@ -113,10 +133,12 @@ class Sleep(SleepModeBackend):
             OutOfMemory: the memory is not to be had. What slept sleeps on.
         """
         cache = self._cache(away=True) if tags is None or "kv_cache" in tags else None
-        weights = self.weights.away and (tags is None or "weights" in tags)
-        wanted = 0 if cache is None else cache.bytes
-        if weights:
-            wanted += self.weights.bytes + self.graphs.bytes
+        stowages = [
+            (stowage, keep)
+            for stowage, keep in self._stowages()
+            if stowage.away and (stowage is not self.weights or tags is None or "weights" in tags)
+        ]
+        wanted = sum(stowage.bytes for stowage, _ in stowages) + (0 if cache is None else cache.bytes)
         self._warm_up()
         try:
             # Leased together, so that one never waits with the other in its hands.
@@ -125,10 +147,9 @@ class Sleep(SleepModeBackend):
                 if cache is not None:
                     cache.bring_back(WAKE)
                     undo.callback(cache.put_away)
-                if weights:
-                    self.graphs.bring_back(WAKE)
-                    undo.callback(self.graphs.put_away, keep=True)
-                    self.weights.bring_back(WAKE)
+                for stowage, keep in stowages:
+                    stowage.bring_back(WAKE)
+                    undo.callback(stowage.put_away, keep=keep)
                 undo.pop_all()
         except OutOfMemory as reason:
             self.cool_down()
@@ -142,10 +163,13 @@ class Sleep(SleepModeBackend):
         if "kv_cache" in tags and cache is not None:
             cache.put_away()
         if "weights" in tags:
-            self.graphs.put_away(keep=True)
             self.weights.put_away(keep=False)
         self._state = "SUSPENDED"
         self.cool_down()
+
+    def _stowages(self, level: int = 1) -> list[tuple[Stowage, bool]]:
+        """All of them, and whether their bytes are kept; the model, which is the largest, last."""
+        return [(self.scratch, False), (self.runtime, True), (self.weights, level == 1)]
 
     @classmethod
     def preserves_communicators(cls) -> bool:

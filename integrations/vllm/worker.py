@@ -47,18 +47,16 @@ class Elastic(Base):
         return self.elastic_arena
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[None]:
-        """Where vLLM allocates what sleeps: the weights. The KV cache is the arena's in any case."""
+        """Where vLLM allocates what sleeps."""
         if not self.vllm_config.model_config.enable_sleep_mode:
             return super()._maybe_get_memory_pool_context(tag)
-        if tag != "weights":
-            return nullcontext()
         if self.elastic_sleep is None:
             self.open_elastic_account(None)
             self.elastic_sleep = Sleep(self.elastic_arena, self.elastic_account)
             self._sleep_mode_backend = self.elastic_sleep
             if self._graphs_can_sleep():
                 self.elastic_sleep.keep_graphs()
-        return self.elastic_sleep.loading()
+        return self.elastic_sleep.allocations(tag)
 
     def _graphs_can_sleep(self) -> bool:
         """Torch's memory is an account's, and nobody has been given parts of it, as NCCL is among ranks."""

@@ -210,9 +210,10 @@ def sleeping(llm: Any) -> None:
 
     core = llm.llm_engine.engine_core.engine_core
     worker, scheduler = core.model_executor.driver_worker.worker, core.scheduler
-    arena, account, weights = worker.elastic_arena, worker.elastic_account, worker.elastic_sleep.weights
+    arena, account, sleep = worker.elastic_arena, worker.elastic_account, worker.elastic_sleep
     addresses = [each.data_ptr() for each in worker.model_runner.get_model().parameters()]
-    told: dict[str, Any] = {"tokens": [tokens(llm, 1, 8)], "weights": weights.bytes}
+    told: dict[str, Any] = {"tokens": [tokens(llm, 1, 8)], "weights": sleep.bytes}
+    told["runtime"] = sleep.runtime.bytes
     told["model"] = sum(each.nbytes for each in worker.model_runner.get_model().parameters())
     # The host backend takes what is taken of it.
     arena.set_reserve(0, 0)
@@ -251,7 +252,7 @@ def sleeping(llm: Any) -> None:
     state = {name: each.clone() for name, each in worker.model_runner.get_model().named_parameters()}
     buffers = {name: each.clone() for name, each in worker.model_runner.get_model().named_buffers()}
     llm.sleep(level=2)
-    told["asleep at level 2"] = [account.held, len(weights._saved)]
+    told["asleep at level 2"] = [account.held, len(sleep.weights._saved)]
     llm.wake_up(tags=["kv_cache"])
     llm.wake_up(tags=["weights"])
     for name, each in worker.model_runner.get_model().named_parameters():
@@ -278,14 +279,14 @@ def sleeping_graphs(llm: Any) -> None:
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     sleep, account, arena = worker.elastic_sleep, worker.elastic_account, worker.elastic_arena
     parameters = list(worker.model_runner.get_model().parameters())
-    told: dict[str, Any] = {"graphs": sleep.graphs.bytes, "weights": sleep.weights.bytes}
+    told: dict[str, Any] = {"graphs": sleep.runtime.bytes, "weights": sleep.weights.bytes}
     told["the next engine's too"] = type(current_platform)._global_graph_pool == sleep._pool
     told["tokens"] = [tokens(llm, 1, 8)]
     for level in (1, 2):
         state = [each.cpu() for each in parameters] if level == 2 else []
         awake = account.held
         llm.sleep(level=level)
-        told[f"level {level}"] = [sleep.graphs.resident_bytes, awake - account.held]
+        told[f"level {level}"] = [sleep.runtime.resident_bytes, awake - account.held]
         with arena.account("neighbour", tem.PriorityClass("pressing", 10**6)) as other:
             memory = other.range(awake)
             memory.grow(awake)

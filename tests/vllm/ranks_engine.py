@@ -163,7 +163,7 @@ def sleeping(llm: Any) -> None:
         sleep.WAKE = 0.05
         worker.elastic_arena.set_reserve(0, 0)
         worker.elastic_arena.set_capacity(worker.elastic_account.held + 32 * 2**20)
-        return int(worker.elastic_sleep.weights.bytes)
+        return int(worker.elastic_sleep.bytes)
 
     def occupy(worker: Any) -> None:
         if worker.rank == 1:

@@ -95,25 +95,31 @@ def test_one_that_is_closed_while_it_sleeps_has_given_everything_back(full: Engi
 
 
 class Sleeper:
-    """A small engine with weights beside its cache, and with what graphs work in."""
+    """A small engine with weights beside its cache, a runner's state, and scratch."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.arena = engine, engine.arena
         self.account = engine.cache.account
         self.sleep = Sleep(self.arena, self.account)
         self.sleep.cache = engine.cache
-        with self.sleep.weights.allocations():
+        with self.sleep.allocations("weights"):
             self.weight = torch.arange(2 * MiB, dtype=torch.int32)
-        with self.sleep.graphs.allocations():
-            self.work = torch.arange(MiB // 2, dtype=torch.int32)
-        self.addresses = self.weight.data_ptr(), self.work.data_ptr()
-        self.bytes = self.sleep.weights.bytes + self.sleep.graphs.bytes
+        with self.sleep.allocations("runtime"):
+            self.state = torch.arange(MiB // 2, dtype=torch.int32)
+        with self.sleep.allocations("workspace"):
+            self.scratch = torch.ones(MiB // 2, dtype=torch.int32)
+        self.addresses = self._addresses()
+        self.bytes = self.sleep.bytes
+
+    def _addresses(self) -> list[int]:
+        return [each.data_ptr() for each in (self.weight, self.state, self.scratch)]
 
     def whole(self, *, weights: bool = True) -> bool:
-        same = torch.equal(self.work, torch.arange(MiB // 2, dtype=torch.int32)) and (
+        self.scratch.fill_(1)
+        same = torch.equal(self.state, torch.arange(MiB // 2, dtype=torch.int32)) and (
             not weights or torch.equal(self.weight, torch.arange(2 * MiB, dtype=torch.int32))
         )
-        return same and self.addresses == (self.weight.data_ptr(), self.work.data_ptr())
+        return same and self.addresses == self._addresses()
 
     def taken(self, left: int) -> None:
         """A neighbour takes all but so many bytes."""
@@ -135,11 +141,12 @@ def sleeper(extension: None, engines: list[Any], monkeypatch: pytest.MonkeyPatch
     engines.append(Engine(BLOCKS // 2, 32 * MiB))
     made = Sleeper(engines[-1])
     yield made
-    for stowage in (made.sleep.weights, made.sleep.graphs):
+    stowages = [stowage for stowage, _ in made.sleep._stowages()]
+    for stowage in stowages:
         stowage.bring_back(LONG)
-    del made.weight, made.work
-    made.sleep.close()
-    made.sleep.graphs.close()
+    del made.weight, made.state, made.scratch
+    for stowage in stowages:
+        stowage.close()
 
 
 def test_a_sleeping_engine_holds_nothing(sleeper: Sleeper) -> None:
@@ -150,21 +157,36 @@ def test_a_sleeping_engine_holds_nothing(sleeper: Sleeper) -> None:
     assert sleeper.whole()
 
 
-def test_level_2_keeps_no_bytes_but_those_that_graphs_work_in(sleeper: Sleeper) -> None:
+def test_level_2_keeps_no_bytes_but_a_runners_state(sleeper: Sleeper) -> None:
     sleeper.sleep.suspend(2)
-    assert sleeper.sleep.weights._saved == [] and sleeper.sleep.graphs._saved != []
+    kept = [stowage for stowage, _ in sleeper.sleep._stowages() if stowage._saved]
+    assert kept == [sleeper.sleep.runtime]
     sleeper.sleep.resume()
     assert sleeper.whole(weights=False)
 
 
 @pytest.mark.parametrize("order", [["weights", "kv_cache"], ["kv_cache", "weights"]])
-def test_a_partial_wake_brings_back_what_is_named_and_no_more(sleeper: Sleeper, order: list[str]) -> None:
-    sizes = {"weights": sleeper.bytes, "kv_cache": CHUNK}
+def test_a_partial_wake_brings_back_what_is_named_and_what_has_no_name(
+    sleeper: Sleeper, order: list[str]
+) -> None:
+    sizes = {"weights": sleeper.sleep.weights.bytes, "kv_cache": CHUNK}
+    rest = sleeper.bytes - sizes["weights"]
     sleeper.sleep.suspend(1)
     sleeper.sleep.resume(order[:1])
-    assert (sleeper.account.held, sleeper.sleep.state()) == (sizes[order[0]], "SUSPENDED")
+    assert (sleeper.account.held, sleeper.sleep.state()) == (rest + sizes[order[0]], "SUSPENDED")
+    assert sleeper.whole(weights=False)
     sleeper.sleep.resume(order[1:])
-    assert (sleeper.account.held, sleeper.sleep.state()) == (sum(sizes.values()), "RUNNING")
+    assert (sleeper.account.held, sleeper.sleep.state()) == (rest + sum(sizes.values()), "RUNNING")
+    assert sleeper.whole()
+
+
+def test_one_that_is_half_awake_falls_asleep_again(sleeper: Sleeper) -> None:
+    sleeper.sleep.suspend(1)
+    for tags in (["kv_cache"], ["weights"]):
+        sleeper.sleep.resume(tags)
+        sleeper.sleep.suspend(1)
+        assert (sleeper.account.held, sleeper.sleep.state()) == (0, "SUSPENDED")
+    sleeper.sleep.resume()
     assert sleeper.whole()
 
 
@@ -177,7 +199,8 @@ def test_a_wake_up_that_cannot_have_all_has_nothing_and_says_who_holds_it(
     with pytest.raises(tem.OutOfMemory, match=r"sleeps on: .*pressing holds"):
         sleeper.sleep.resume()
     assert (sleeper.account.held, sleeper.sleep.state()) == (0, "SUSPENDED")
-    assert sleeper.sleep.weights.away and sleeper.sleep.graphs.away and sleeper.engine.controller.away
+    assert all(stowage.away for stowage, _ in sleeper.sleep._stowages())
+    assert sleeper.engine.controller.away
     sleeper.engine.pressing.shrink(sleeper.engine.pressing.mapped)
     sleeper.sleep.resume()
     assert sleeper.whole()
@@ -193,6 +216,15 @@ def test_a_lower_class_yields_for_a_wake_up(sleeper: Sleeper, monkeypatch: pytes
         sleeper.sleep.resume()
         assert sleeper.whole()
         memory.close()
+
+
+def test_the_weights_alone_may_go(sleeper: Sleeper) -> None:
+    held = sleeper.account.held
+    sleeper.sleep.discard(("weights",))
+    assert sleeper.sleep.state() == "SUSPENDED"
+    assert sleeper.account.held == held - sleeper.sleep.weights.bytes
+    sleeper.sleep.resume(["weights"])
+    assert sleeper.whole(weights=False) and sleeper.sleep.state() == "RUNNING"
 
 
 def test_the_cache_alone_may_go(sleeper: Sleeper) -> None:
@@ -218,17 +250,16 @@ def test_an_engine_whose_weights_cannot_go_stays_awake(
     sleeper.engine.assert_sound()
 
 
-def test_what_graphs_work_in_goes_with_the_engine_and_the_weights_with_who_has_the_model(
-    sleeper: Sleeper,
-) -> None:
+def test_what_graphs_work_in_goes_with_the_engine_and_the_rest_with_who_has_it(sleeper: Sleeper) -> None:
     sleeper.sleep._pool = (0, 1)
     sleeper.engine.controller.put_away()
     sleeper.sleep.close()
-    assert sleeper.account.held == sleeper.sleep.weights.bytes
+    assert sleeper.sleep.runtime.resident_bytes == 0
+    assert sleeper.account.held == sleeper.bytes - sleeper.sleep.runtime.bytes
     sleeper.engine.controller.bring_back(LONG)
 
 
-def test_an_account_can_be_closed_after_an_engine_that_had_no_graphs() -> None:
+def test_an_account_can_be_closed_after_an_engine_of_which_nothing_is_left() -> None:
     with tem.Arena("host", capacity=16 * MiB, broker=None) as arena:
         account = arena.account("engine", "serving")
         Sleep(arena, account).close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,3 +81,6 @@ def test_this_release_has_what_a_sleep_goes_through() -> None:
     assert "self._sleep_mode_backend is None" in source
     assert "self._maybe_get_memory_pool_context(" in source
     assert "_sleep_saved_buffers" in source
+    later = compat.release() != "0.26"
+    tags = set(re.findall(r'memory_pool_context\((?:tag=)?"(\w+)"', source))
+    assert tags == {"weights", "kv_cache"} | ({"runtime", "workspace"} if later else set())
