@@ -43,15 +43,16 @@ class Sleep(SleepModeBackend):
 
     Attributes:
         weights: what the model is loaded into.
-        runtime: the runner's state, and what CUDA graphs work in. It is back with whatever wakes first, and
-            nothing of it is lost.
-        scratch: what holds nothing from step to step. It is back with whatever wakes first, too.
+        graphs: what CUDA graphs work in. It is back with whatever wakes first, and nothing of it is lost.
+        runtime: the runner's state. As with graphs.
+        scratch: what holds nothing from step to step. As with graphs, but its bytes are lost.
         cache: the KV cache, once there is one.
     """
 
     def __init__(self, arena: Arena, account: Account) -> None:
         super().__init__()
         self.weights = Stowage(account, "weights")
+        self.graphs = Stowage(account, "graphs")
         self.runtime = Stowage(account, "state")
         self.scratch = Stowage(account, "scratch")
         self.cache: ElasticCache | None = None
@@ -66,7 +67,7 @@ class Sleep(SleepModeBackend):
         Raises:
             TemError: torch's memory on the device is no account's.
         """
-        self._pool = self.runtime.graph_pool()
+        self._pool = self.graphs.graph_pool()
 
     def allocations(self, tag: str) -> AbstractContextManager[None]:
         """What vLLM allocates under a tag of its own lies in what sleeps, within the block."""
@@ -94,13 +95,16 @@ class Sleep(SleepModeBackend):
         return sum(stowage.bytes for stowage, _ in self._stowages())
 
     def close(self) -> None:
-        """Gives back what nobody has any more. The model goes with who has it, and graphs do nothing more."""
-        for stowage, _ in self._stowages():
-            if stowage is not self.runtime or self._pool is None:
-                close_later(stowage.close)
-                continue
+        """Gives back what nobody has any more, and what graphs work in, for they do nothing more.
+
+        The model goes with who has it, and so does what backends keep for the engines to come.
+        """
+        if self._pool is not None:
             with suppress(InUseError):
-                stowage.put_away(keep=False)
+                self.graphs.put_away(keep=False)
+        for stowage, _ in self._stowages():
+            if stowage is not self.graphs or self._pool is None:
+                close_later(stowage.close)
 
     def suspend(self, level: int = 1) -> None:
         """Gives the KV cache back, and the weights: at level 1 their bytes stay in host memory.
@@ -169,7 +173,7 @@ class Sleep(SleepModeBackend):
 
     def _stowages(self, level: int = 1) -> list[tuple[Stowage, bool]]:
         """All of them, and whether their bytes are kept; the model, which is the largest, last."""
-        return [(self.scratch, False), (self.runtime, True), (self.weights, level == 1)]
+        return [(self.scratch, False), (self.graphs, True), (self.runtime, True), (self.weights, level == 1)]
 
     @classmethod
     def preserves_communicators(cls) -> bool:

@@ -279,14 +279,14 @@ def sleeping_graphs(llm: Any) -> None:
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     sleep, account, arena = worker.elastic_sleep, worker.elastic_account, worker.elastic_arena
     parameters = list(worker.model_runner.get_model().parameters())
-    told: dict[str, Any] = {"graphs": sleep.runtime.bytes, "weights": sleep.weights.bytes}
+    told: dict[str, Any] = {"graphs": sleep.graphs.bytes, "weights": sleep.weights.bytes}
     told["the next engine's too"] = type(current_platform)._global_graph_pool == sleep._pool
     told["tokens"] = [tokens(llm, 1, 8)]
     for level in (1, 2):
         state = [each.cpu() for each in parameters] if level == 2 else []
         awake = account.held
         llm.sleep(level=level)
-        told[f"level {level}"] = [sleep.runtime.resident_bytes, awake - account.held]
+        told[f"level {level}"] = [sleep.graphs.resident_bytes, awake - account.held]
         with arena.account("neighbour", tem.PriorityClass("pressing", 10**6)) as other:
             memory = other.range(awake)
             memory.grow(awake)

@@ -106,18 +106,23 @@ class Sleeper:
             self.weight = torch.arange(2 * MiB, dtype=torch.int32)
         with self.sleep.allocations("runtime"):
             self.state = torch.arange(MiB // 2, dtype=torch.int32)
+        with self.sleep.graphs.allocations():
+            self.work = torch.arange(MiB // 2, dtype=torch.int32)
         with self.sleep.allocations("workspace"):
             self.scratch = torch.ones(MiB // 2, dtype=torch.int32)
         self.addresses = self._addresses()
         self.bytes = self.sleep.bytes
 
     def _addresses(self) -> list[int]:
-        return [each.data_ptr() for each in (self.weight, self.state, self.scratch)]
+        return [each.data_ptr() for each in (self.weight, self.state, self.work, self.scratch)]
 
     def whole(self, *, weights: bool = True) -> bool:
         self.scratch.fill_(1)
-        same = torch.equal(self.state, torch.arange(MiB // 2, dtype=torch.int32)) and (
-            not weights or torch.equal(self.weight, torch.arange(2 * MiB, dtype=torch.int32))
+        kept = torch.arange(MiB // 2, dtype=torch.int32)
+        same = (
+            torch.equal(self.state, kept)
+            and torch.equal(self.work, kept)
+            and (not weights or torch.equal(self.weight, torch.arange(2 * MiB, dtype=torch.int32)))
         )
         return same and self.addresses == self._addresses()
 
@@ -144,7 +149,7 @@ def sleeper(extension: None, engines: list[Any], monkeypatch: pytest.MonkeyPatch
     stowages = [stowage for stowage, _ in made.sleep._stowages()]
     for stowage in stowages:
         stowage.bring_back(LONG)
-    del made.weight, made.state, made.scratch
+    del made.weight, made.state, made.work, made.scratch
     for stowage in stowages:
         stowage.close()
 
@@ -157,10 +162,10 @@ def test_a_sleeping_engine_holds_nothing(sleeper: Sleeper) -> None:
     assert sleeper.whole()
 
 
-def test_level_2_keeps_no_bytes_but_a_runners_state(sleeper: Sleeper) -> None:
+def test_level_2_keeps_no_bytes_but_a_runners_state_and_what_graphs_work_in(sleeper: Sleeper) -> None:
     sleeper.sleep.suspend(2)
     kept = [stowage for stowage, _ in sleeper.sleep._stowages() if stowage._saved]
-    assert kept == [sleeper.sleep.runtime]
+    assert kept == [sleeper.sleep.graphs, sleeper.sleep.runtime]
     sleeper.sleep.resume()
     assert sleeper.whole(weights=False)
 
@@ -254,8 +259,8 @@ def test_what_graphs_work_in_goes_with_the_engine_and_the_rest_with_who_has_it(s
     sleeper.sleep._pool = (0, 1)
     sleeper.engine.controller.put_away()
     sleeper.sleep.close()
-    assert sleeper.sleep.runtime.resident_bytes == 0
-    assert sleeper.account.held == sleeper.bytes - sleeper.sleep.runtime.bytes
+    assert sleeper.sleep.graphs.resident_bytes == 0
+    assert sleeper.account.held == sleeper.bytes - sleeper.sleep.graphs.bytes
     sleeper.engine.controller.bring_back(LONG)
 
 
