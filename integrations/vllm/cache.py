@@ -179,6 +179,10 @@ class ElasticCache:
     def number(self, step: Any) -> None:
         """The worker, in this process, says when the stream has a step's work; it needs no number."""
 
+    def room(self) -> int:
+        """Bytes that are to be had without asking anybody, as far as this process knows."""
+        return self.account.room()
+
     def ensure(self, chunks: Iterable[int], rung: str = "pause", timeout: float | None = None) -> None:
         """Puts memory under all of the chunks or none; others are asked for it up to the rung.
 

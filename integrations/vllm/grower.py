@@ -12,7 +12,8 @@ from torch_elastic_mem.errors import OutOfMemory, TemError
 
 log = logging.getLogger("vllm.torch_elastic_mem")
 
-# After a refusal nothing is asked for this long: whoever holds the memory has just been asked for it.
+# After a refusal nothing is asked for this long, unless memory is seen to have come free: whoever holds it
+# has just been asked for it.
 REST = 0.1
 # The dearest that others may be asked for: what is unused and cached of lower classes, while an engine would
 # rather not give up what it has cached itself; everything, once it has not even that.
@@ -28,6 +29,9 @@ class Memory(Protocol):
 
     def ensure(self, chunks: list[int], rung: str, timeout: float | None) -> None:
         """Raises OutOfMemory where there is none in so many seconds, others asked up to that rung."""
+
+    def room(self) -> int:
+        """Bytes that are to be had without asking anybody, as far as this process knows."""
 
 
 class Grower:
@@ -48,6 +52,7 @@ class Grower:
         self._short = False
         self._refused_at = -REST
         self._refused = self._refused_short = False
+        self._room = 0  # that there was when it was refused
         self._closed = False
         self.refusals = 0
         self._said = False
@@ -68,13 +73,13 @@ class Grower:
 
     def resting(self, short: bool = False) -> bool:
         """Whether memory has just been refused to one in such a need."""
-        with self._changed:
-            return self.refused(short) and time.monotonic() - self._refused_at < REST
+        return self.refused(short) and time.monotonic() - self._refused_at < REST
 
     def refused(self, short: bool = False) -> bool:
-        """Whether whoever is in such a need was refused memory, and nobody has got any since."""
+        """Whether whoever is in such a need was refused memory, and none has come, or come free, since."""
         with self._changed:
-            return self._refused and (self._refused_short or not short)
+            refused, room = self._refused and (self._refused_short or not short), self._room
+        return refused and self._memory.room() <= room
 
     def ask(self, chunks: list[int], short: bool = False) -> None:
         """Wants memory under these chunks; `take` brings those that have it.
@@ -132,8 +137,10 @@ class Grower:
                 self._at_work, short = chunks, self._short
                 self._short = short and bool(self._asked)
             got = self._grow(chunks, *((SHORT, None) if short else (WARM, BRIEF)))
+            room = self._memory.room()
             with self._changed:
                 self._at_work = []
+                self._room = room
                 self._ready += got
                 self._refused = len(got) < len(chunks)
                 if self._refused:

@@ -73,6 +73,9 @@ class EngineMemory(Protocol):
     def ensure(self, chunks: Iterable[int], rung: str = "pause", timeout: float | None = None) -> None:
         """Puts memory under all of the chunks or none, or raises OutOfMemory."""
 
+    def room(self) -> int:
+        """Bytes that are to be had without asking anybody, as far as this process knows."""
+
     def release(self, chunks: Iterable[int]) -> None:
         """Lets it go, after all that steps so far may do to it."""
 

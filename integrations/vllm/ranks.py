@@ -117,6 +117,10 @@ class Ranks:
             step.elastic_step = self._step
         self.on_enqueued()
 
+    def room(self) -> int:
+        """0: the ranks' processes know."""
+        return 0
+
     def ensure(self, chunks: Iterable[int], rung: str = "pause", timeout: float | None = None) -> None:
         """Puts memory under all of the chunks on every rank, or nowhere.
 

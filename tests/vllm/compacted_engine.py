@@ -66,6 +66,9 @@ class Squeezing:
 
     def before_step(self) -> None:
         """Once the short ones have gone, and left holes."""
+        if self._asking is not None and not self.elastic._demands:
+            # Or on a slow machine so many steps go by, until it has what it was given, that the few are used.
+            self._asking.join(0.1)
         if self._asking is not None and not self._asking.is_alive():
             self.end()
         elif self._asking is None and self._only_long_ones():
@@ -85,7 +88,8 @@ class Squeezing:
             "blocks": repr(balloon.counts()),
             "chunks": len(balloon.resident()),
             "steps": elastic._steps,
-            "growing": elastic.grower.working,
+            "growing": [elastic.grower.working, elastic.grower.refused(), elastic.grower.refused(short=True)],
+            "taken": self._range.mapped,
         }
 
     def end(self) -> None:

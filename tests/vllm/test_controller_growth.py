@@ -228,12 +228,28 @@ def test_after_its_rest_a_refused_growth_is_tried_again(
 ) -> None:
     small.pressing.grow(15 * CHUNK, timeout=LONG)
     small.step(needed=9, ahead=9)
+    # What another process gives back is not seen.
+    monkeypatch.setattr(small.cache, "room", lambda: 0)
     small.pressing.shrink(15 * CHUNK)
     small.step(needed=9, ahead=9)
     assert free_ids(small.pool) == [1]
     monkeypatch.setattr(grower_module, "REST", 0.0)
     small.step(needed=9, ahead=9)
     small.controller.grower.wait(LONG)
+    small.step(needed=9, ahead=9)
+    assert len(free_ids(small.pool)) == 9
+    small.assert_sound()
+
+
+def test_a_refused_growth_is_tried_again_and_waited_for_as_soon_as_memory_comes_free(
+    small: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grower_module, "REST", LONG)
+    monkeypatch.setattr(module, "PATIENCE", LONG)
+    small.pressing.grow(15 * CHUNK, timeout=LONG)
+    small.step(needed=9, ahead=9)
+    assert free_ids(small.pool) == [1]
+    small.pressing.shrink(15 * CHUNK)
     small.step(needed=9, ahead=9)
     assert len(free_ids(small.pool)) == 9
     small.assert_sound()

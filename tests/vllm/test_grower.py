@@ -23,13 +23,16 @@ class FakeMemory:
     """Room for so many chunks; while the gate is shut a call is begun and goes no further."""
 
     def __init__(self) -> None:
-        self.room = 10**6
+        self.left = 10**6
         self.calls: list[list[int]] = []
         self.asked: list[tuple[str, float | None]] = []
         self.errors: list[Exception | None] = []  # of the calls to come; None for none
         self.begun = threading.Event()
         self.gate = threading.Event()
         self.gate.set()
+
+    def room(self) -> int:
+        return self.left
 
     def ensure(self, chunks: list[int], rung: str, timeout: float | None) -> None:
         self.calls.append(list(chunks))
@@ -38,9 +41,9 @@ class FakeMemory:
         self.gate.wait()
         if self.errors and (error := self.errors.pop(0)):
             raise error
-        if len(chunks) > self.room:
+        if len(chunks) > self.left:
             raise OutOfMemory("no room")
-        self.room -= len(chunks)
+        self.left -= len(chunks)
 
 
 @pytest.fixture
@@ -79,7 +82,7 @@ def test_others_are_asked_for_all_they_have_only_by_who_is_short(grower: Grower,
 def test_what_is_cheap_is_not_waited_for_so_that_who_becomes_short_may_ask_soon(
     grower: Grower, memory: FakeMemory
 ) -> None:
-    memory.room = 1
+    memory.left = 1
     grower.ask([1, 2, 3])
     settled(grower)
     grower.ask([2, 3], short=True)
@@ -91,7 +94,7 @@ def test_what_is_cheap_is_not_waited_for_so_that_who_becomes_short_may_ask_soon(
 def test_a_refusal_of_what_is_cheap_does_not_keep_who_is_short_from_asking(
     grower: Grower, memory: FakeMemory
 ) -> None:
-    memory.room = 0
+    memory.left = 0
     grower.ask([1])
     settled(grower)
     assert grower.resting() and not grower.resting(short=True)
@@ -161,7 +164,7 @@ def test_much_is_mapped_in_batches_in_order(grower: Grower, memory: FakeMemory) 
 def test_of_a_refused_batch_comes_what_there_is_room_for_one_by_one(
     grower: Grower, memory: FakeMemory
 ) -> None:
-    memory.room = 2
+    memory.left = 2
     grower.ask([6, 7, 8, 9])
     assert settled(grower) == [6, 7]
     assert memory.calls == [[6, 7, 8, 9], [6], [7], [8]], "it stops at the first that is refused"
@@ -169,14 +172,14 @@ def test_of_a_refused_batch_comes_what_there_is_room_for_one_by_one(
 
 
 def test_a_single_chunk_that_is_refused_is_not_tried_again(grower: Grower, memory: FakeMemory) -> None:
-    memory.room = 0
+    memory.left = 0
     grower.ask([6])
     assert settled(grower) == []
     assert memory.calls == [[6]]
 
 
 def test_after_a_refusal_what_else_was_asked_is_forgotten(grower: Grower, memory: FakeMemory) -> None:
-    memory.room = BATCH - 1
+    memory.left = BATCH - 1
     grower.ask(list(range(3 * BATCH)))
     assert settled(grower) == list(range(BATCH - 1))
     assert all(max(call) < BATCH for call in memory.calls)
@@ -185,13 +188,13 @@ def test_after_a_refusal_what_else_was_asked_is_forgotten(grower: Grower, memory
 def test_it_does_not_rest_for_ever(
     grower: Grower, memory: FakeMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory.room = 0
+    memory.left = 0
     grower.ask([1])
     settled(grower)
     assert grower.resting()
     monkeypatch.setattr(module, "REST", 0.0)
     assert not grower.resting()
-    memory.room = 1
+    memory.left = 1
     grower.ask([1])
     assert settled(grower) == [1]
 
@@ -199,7 +202,7 @@ def test_it_does_not_rest_for_ever(
 def test_the_first_refusal_in_need_is_logged_and_the_others_are_counted(
     grower: Grower, memory: FakeMemory, log: pytest.LogCaptureFixture
 ) -> None:
-    memory.room = 0
+    memory.left = 0
     grower.ask([1])
     settled(grower)
     assert log.records == []
@@ -259,7 +262,7 @@ def test_waiting_ends_at_once_where_nothing_is_asked_for_or_something_is_ready(g
 
 
 def test_waiting_ends_when_memory_is_refused(grower: Grower, memory: FakeMemory) -> None:
-    memory.room = 0
+    memory.left = 0
     memory.gate.clear()
     grower.ask([1])
     assert memory.begun.wait(LONG)
@@ -295,3 +298,17 @@ def test_closing_ends_the_thread_after_what_it_is_doing(grower: Grower, memory: 
 def test_closing_twice_is_harmless(grower: Grower) -> None:
     grower.close()
     grower.close()
+
+
+def test_who_was_refused_rests_until_memory_is_seen_to_have_come_free(
+    grower: Grower, memory: FakeMemory
+) -> None:
+    memory.left = 1
+    memory.errors = [OutOfMemory("no room")] * 2
+    grower.ask([1, 2], short=True)
+    settled(grower)
+    assert grower.resting(short=True) and grower.refused(short=True)
+    memory.left = 2
+    assert not grower.resting(short=True) and not grower.refused(short=True)
+    memory.left = 1
+    assert grower.resting(short=True)
