@@ -66,9 +66,6 @@ class Squeezing:
 
     def before_step(self) -> None:
         """Once the short ones have gone, and left holes."""
-        if self._asking is not None and not self.elastic._demands:
-            # Or on a slow machine so many steps go by, until it has what it was given, that the few are used.
-            self._asking.join(0.1)
         if self._asking is not None and not self._asking.is_alive():
             self.end()
         elif self._asking is None and self._only_long_ones():
