@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_elastic_mem as tem
 from torch_elastic_mem.demo.decoder import PagedDecoder, next_logits
@@ -16,7 +20,23 @@ from torch_elastic_mem.demo.trainer import Trainer, train
 
 
 class Interrupted(Exception):
-    """Raised by a test between two layers."""
+    """Raised by a test in the middle of a move."""
+
+
+class FailingAt(TorchDispatchMode):
+    """Raises at one of the operations that run in it, on the way forth or back."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.left = number
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.left -= 1
+        if self.left == -1:
+            raise Interrupted
+        return func(*args, **(kwargs or {}))
 
 
 def saved_bytes(scale: Scale, text: Text) -> int:
@@ -152,3 +172,19 @@ def test_a_paged_cache_decodes_as_none_does_wherever_its_blocks_are(
     assert tokens == decode(served, weights, prompt, list(range(60, 60 - 7 * blocks, -7)), count)
     for known, token in enumerate(tokens):
         assert int(next_logits(weights, prompt + tokens[:known]).argmax()) == token
+
+
+def test_a_micro_batch_that_failed_anywhere_has_left_nothing_behind(trained: Stage) -> None:
+    with trained.account.allocations():
+        trainer = trained.trainer()
+        counting = FailingAt(-1)
+        with counting:
+            expected = trainer.micro_batch(0)
+        whole = trained.trainer()
+        before = trained.used()
+        for number in range(-1 - counting.left):
+            with pytest.raises(Interrupted), FailingAt(number):
+                whole.micro_batch(0)
+            assert trained.used() == before, number
+        assert whole.micro_batch(0) == expected
+        del trainer, whole

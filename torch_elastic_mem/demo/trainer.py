@@ -14,6 +14,16 @@ from torch_elastic_mem.demo.text import Text
 _RATE, _BETA1, _BETA2, _EPSILON = 1e-3, 0.9, 0.99, 1e-8
 
 
+def _forget_backward(device: str) -> None:
+    """Frees what a failed backward pass left in the queue that autograd has for the thread or the device.
+
+    The tasks that were ready stay there, each with the graph and the activations below it, until the next
+    backward pass comes upon them: this one is of nothing.
+    """
+    nothing = torch.empty(0, device=device, requires_grad=True)
+    torch.autograd.grad(nothing, nothing, torch.empty_like(nothing))
+
+
 class Trainer:
     """Trains one model. All calls come from one thread.
 
@@ -64,7 +74,11 @@ class Trainer:
         )
         predicted = logits(self._weights, hidden).flatten(0, 1)
         loss = F.cross_entropy(predicted, targets.to(self._device).flatten())
-        gradients = torch.autograd.grad(loss, self._weights.views)
+        try:
+            gradients = torch.autograd.grad(loss, self._weights.views)
+        except BaseException:
+            _forget_backward(self._device)
+            raise
         value = loss.item()
         torch._foreach_add_(self._sum_views, gradients)
         return value
