@@ -40,7 +40,6 @@ void Client::start(const std::shared_ptr<Arena>& arena) {
 }
 
 void Client::handshake(Deadline deadline) {
-  connection_.connect();
   Hello hello{};
   hello.device = Text<64>(identity_.device);
   hello.backend = Text<16>(identity_.backend);
@@ -48,7 +47,11 @@ void Client::handshake(Deadline deadline) {
   hello.process = Text<64>(identity_.process);
   hello.total = identity_.total;
   hello.granularity = identity_.granularity;
-  post(0, hello);
+  {
+    const Lock lock(mutex_);  // a question that waits must not come before it
+    connection_.connect();
+    post(0, hello);
+  }
   Bytes message;
   std::vector<Fd> descriptors;
   for (;;) {
@@ -73,8 +76,9 @@ void Client::handshake(Deadline deadline) {
 
 // What callers wait with.
 
-void Client::call(Call& call, Deadline deadline) {
-  Lock lock(mutex_);
+/// Waits for the answer. With the lock held before and after: what the answer is about is booked, and found
+/// by the receiving thread, together with the call.
+void Client::call(Lock& lock, Call& call, Deadline deadline) {
   if (stopping_) throw Error(Kind::kClosed, "the arena has been closed; open a new one");
   const uint64_t request = next_request_++;
   calls_[request] = &call;
@@ -89,6 +93,14 @@ void Client::call(Call& call, Deadline deadline) {
   if (call.type == Type::kDemand && call.sent) post(request, Withdraw{});
   throw Error(Kind::kBroker, connected() ? "broker at " + path() + ": it does not answer"
                                          : "broker at " + path() + ": it is gone, and no other has come");
+}
+
+/// What somebody asks about the account, of that type if one is given. It may have its answer already.
+const Client::Call* Client::question(AccountId id, std::optional<Type> type) const {
+  const auto found = std::find_if(calls_.begin(), calls_.end(), [&](const auto& one) {
+    return one.second->account == id && (!type || one.second->type == *type);
+  });
+  return found == calls_.end() ? nullptr : found->second;
 }
 
 /// Sends a question whose account the broker knows. The others go when it does.
@@ -131,18 +143,15 @@ void Client::try_send(uint64_t request, Call& call) {
 
 Limits Client::open(AccountId id, const std::string& name, const std::string& priority,
                     const Limits& limits) {
-  {
-    const Lock lock(mutex_);
-    Entry& entry = entries_[id];
-    entry.name = name;
-    entry.priority = priority;
-    entry.limits = limits;
-  }
+  Lock lock(mutex_);
+  Entry& entry = entries_[id];
+  entry.name = name;
+  entry.priority = priority;
+  entry.limits = limits;
   Call opening{Type::kOpen, id};
   try {
-    call(opening, deadline_in(kAnswer));
+    call(lock, opening, deadline_in(kAnswer));
   } catch (const Error&) {
-    const Lock lock(mutex_);
     entries_.erase(id);
     throw;
   }
@@ -151,33 +160,27 @@ Limits Client::open(AccountId id, const std::string& name, const std::string& pr
 }
 
 void Client::close(AccountId id) {
-  bool known = false;
-  {
-    const Lock lock(mutex_);
-    for (const auto& [request, call] : calls_) {
-      if (call->account == id) throw Error(Kind::kInUse, "a demand of the account is under way");
-    }
-    const auto found = entries_.find(id);
-    const bool opening =
-        std::any_of(openings_.begin(), openings_.end(), [id](const auto& one) { return one.second == id; });
-    known = found != entries_.end() && (found->second.remote || opening) && connected();
-  }
+  Lock lock(mutex_);
+  if (question(id) != nullptr) throw Error(Kind::kInUse, "a demand of the account is under way");
+  const auto found = entries_.find(id);
+  const bool opening =
+      std::any_of(openings_.begin(), openings_.end(), [id](const auto& one) { return one.second == id; });
   Call closing{Type::kClose, id};
   // A broker that is gone has forgotten the account; the next one is not told of it.
   try {
-    if (known) call(closing, deadline_in(kAnswer));
+    if (found != entries_.end() && (found->second.remote || opening) && connected())
+      call(lock, closing, deadline_in(kAnswer));
   } catch (const Error& error) {
     if (error.kind() != Kind::kBroker) throw;
   }
-  const Lock lock(mutex_);
   entries_.erase(id);
 }
 
 void Client::set_limits(AccountId id, const Limits& limits) {
   Call setting{Type::kLimits, id};
   setting.limits = limits;
-  call(setting, deadline_in(kAnswer));
-  const Lock lock(mutex_);
+  Lock lock(mutex_);
+  call(lock, setting, deadline_in(kAnswer));
   if (const auto found = entries_.find(id); found != entries_.end()) found->second.limits = limits;
 }
 
@@ -185,14 +188,15 @@ LeaseAnswer Client::demand(const LeaseDemand& demand) {
   Call asking{Type::kDemand, demand.account};
   asking.demand = &demand;
   LeaseAnswer answer;
+  Lock lock(mutex_);
   try {
-    call(asking, demand.deadline +
-                     std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(kGrace)));
+    call(
+        lock, asking,
+        demand.deadline + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(kGrace)));
     answer.taken = asking.taken;
   } catch (const Error& error) {
     if (error.kind() == Kind::kClosed) throw;
     answer.why = error.what();
-    const Lock lock(mutex_);
     const auto found = entries_.find(demand.account);
     if (found != entries_.end() && !found->second.refused.empty()) answer.why = found->second.refused;
   }

@@ -99,7 +99,8 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
   void add_chore(Chore chore);
   void work();
 
-  void call(Call& call, Deadline deadline);
+  void call(Lock& lock, Call& call, Deadline deadline);
+  const Call* question(AccountId id, std::optional<Type> type = {}) const;
   void try_send(uint64_t request, Call& call);
   void send_open(AccountId id, Entry& entry, size_t lease);
   std::optional<AccountId> local(uint32_t remote) const;

@@ -64,10 +64,12 @@ void Client::rejoin() {
     const Lock lock(mutex_);
     const auto found = entries_.find(id);
     if (found == entries_.end()) return;
-    for (const auto& [request, call] : calls_) {
-      if (call->type == Type::kOpen && call->account == id) return;
-    }
-    send_open(id, found->second, lease);
+    // Who opens it asks again; who has closed it has not woken up yet.
+    const Call* opening = question(id, Type::kOpen);
+    const Call* closing = question(id, Type::kClose);
+    const bool asked = opening != nullptr && !opening->done;
+    const bool closed = closing != nullptr && closing->done;
+    if (!asked && !closed) send_open(id, found->second, lease);
   });
   const Lock lock(mutex_);
   for (auto& [request, call] : calls_) try_send(request, *call);
@@ -309,6 +311,7 @@ void Client::report() {
   for (const AccountState& account : state.accounts) {
     const auto found = entries_.find(account.holding.id);
     if (found == entries_.end() || !found->second.remote) continue;
+    if (question(found->first, Type::kClose) != nullptr) continue;
     Entry& entry = found->second;
     const size_t idle = account.idle.ready + account.idle.pending;
     uint32_t rungs = 0;

@@ -16,9 +16,13 @@ from tests.broker.service import SOON, MiB, Service, actor, hear
 from tests.broker.tenant import LONG, Tenant, ended
 from torch_elastic_mem.broker.protocol import (
     FREE_ONLY,
+    LAST,
+    Close,
     Denied,
     Done,
+    Gave,
     Limits,
+    Report,
     SetLimits,
 )
 
@@ -44,6 +48,21 @@ def test_a_tenant_sets_its_limits_and_closes(service: Service) -> None:
         tenant.bye()
     with service.tenant() as again:
         assert again.get(again.open("a"), 100 * MiB) == 100 * MiB
+
+
+def test_what_crosses_the_closing_of_an_account_ends_no_connection(service: Service) -> None:
+    with service.tenant() as tenant, service.tenant() as other:
+        account, kept = tenant.open("a"), tenant.open("kept")
+        tenant.ask(Close(account), Done)
+        tenant.send(Report(account, 0, 0, 0))
+        tenant.send(Gave(account, LAST, 0, 0), 77)
+        assert tenant.get(kept, MiB) == MiB
+        # Of an account that is there it may only be said by whose it is; and nothing comes back of one that
+        # is not.
+        other.send(Report(kept, 0, 0, 0))
+        assert ended(other)
+        tenant.send(Gave(account, LAST, MiB, 0), 77)
+        assert ended(tenant)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch_elastic_mem as tem
 from torch_elastic_mem.broker.protocol import (
     IN_USE,
+    INVALID,
     LAST,
     OUT_OF_MEMORY,
     Ask,
@@ -72,11 +73,12 @@ class Scripted:
         self.policy: Policy = self.grant_what_is_free
         self.limits: Limits | None = None  # in force, whatever is asked for
         self.refuse_hello: bytes | None = None
-        self.mute = False  # accounts are opened, and nobody is told until `speak`
+        self.mute = False  # accounts are opened and closed, and nobody is told until `speak`
         self._untold: list[tuple[int, Message]] = []
         self.late: Grant | None = None  # to the last demand, under way when an account is closed
         self.charged: dict[int, int] = defaultdict(int)
         self.names: dict[int, str] = {}
+        self._open: set[str] = set()  # names, on the connection that came last
         self.log: list[tuple[int, Message]] = []
         self._answers: dict[int, queue.Queue[Gave]] = {}
         self._passed: list[tuple[int, int]] = []
@@ -88,6 +90,8 @@ class Scripted:
         self._listening.bind(self.path)
         self._listening.listen()
         self._clients: list[socket.socket] = []
+        self._greeted: list[socket.socket] = []
+        self._cut: list[socket.socket] = []
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -171,7 +175,8 @@ class Scripted:
 
     def drop(self) -> None:
         """Ends the connections; the listening socket stays."""
-        for client in self._clients:
+        for client in list(self._clients):
+            self._cut.append(client)
             with suppress(OSError):
                 client.shutdown(socket.SHUT_RDWR)
 
@@ -205,23 +210,31 @@ class Scripted:
             self._clients.remove(client)
             client.close()
             return
+        if client in self._cut:
+            return
         number, message = decode(data)
+        if client not in self._greeted:
+            assert isinstance(message, Hello), f"a connection begins with HELLO, not {message}"
+            self._greeted.append(client)
         if isinstance(message, Pass):
             assert len(descriptors) == message.count
             with self._changed:
                 self._passed += [(message.bytes, descriptor) for descriptor in descriptors]
         reply = self._book(number, message)
-        if isinstance(reply, bytes):
-            client.send(reply)
-        elif reply is not None:
-            client.send(encode(number, reply))
+        if reply is not None:
+            with suppress(BrokenPipeError):  # cut meanwhile
+                client.send(reply if isinstance(reply, bytes) else encode(number, reply))
 
     def _book(self, number: int, message: Message) -> Message | bytes | None:
         reply: Message | bytes | None = None
         if isinstance(message, Hello):
             self.charged.clear()
+            self._open.clear()
             reply = self.refuse_hello or Welcome(self.epoch, self.free)
+        elif isinstance(message, Open) and message.name in self._open:
+            reply = Refused(INVALID, f"account '{message.name}' exists already")
         elif isinstance(message, Open):
+            self._open.add(message.name)
             account = 100 + len(self.names)
             self.names[account] = message.name
             self.charged[account] = message.lease
@@ -237,6 +250,10 @@ class Scripted:
             reply = Done() if held == 0 else Refused(IN_USE, f"{held} bytes are leased to it")
             if held == 0:
                 del self.charged[message.account]
+                self._open.discard(self.names[message.account])
+            if self.mute:
+                self._untold.append((number, reply))
+                reply = None
         elif isinstance(message, SetLimits):
             reply = Done()
         elif isinstance(message, Demand):

@@ -337,6 +337,24 @@ def test_what_is_held_and_idle_is_reported(opened: Opened, broker: Scripted) -> 
     assert reports[-1] == Report(number, 1 << 2, 8 * MiB, 6 * MiB)
 
 
+def test_of_an_account_that_is_being_closed_nothing_is_reported(opened: Opened, broker: Scripted) -> None:
+    account, number = opened()
+    memory = account.range("8MiB")
+    memory.grow("8MiB")
+    assert broker.await_count(Report, 1)[-1] == Report(number, 0, 8 * MiB, 0)
+    broker.mute = True
+    memory.close()
+    closing = threading.Thread(target=account.close)
+    closing.start()
+    broker.await_count(Close, 1)
+    time.sleep(0.3)  # in which there would be a report
+    broker.speak()
+    closing.join(10)
+    assert not closing.is_alive()
+    said = [message for _, message in broker.log if isinstance(message, Report | Close)]
+    assert isinstance(said[-1], Close)
+
+
 def test_what_an_engine_says_of_its_blocks_is_reported_once(opened: Opened, broker: Scripted) -> None:
     account, number = opened()
     account.note_blocks(1, 2, 3, 4)

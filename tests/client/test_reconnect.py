@@ -157,6 +157,31 @@ def test_an_account_closed_while_it_is_opened_again_leaves_nothing_behind(
     broker.await_count(Close, 1)
 
 
+def test_accounts_come_and_go_while_the_connection_is_cut_again_and_again(
+    arena: tem.Arena, opened: Opened, broker: Scripted
+) -> None:
+    held, _ = opened("held")
+    over = threading.Event()
+
+    def cut() -> None:
+        while not over.wait(0.001):
+            broker.drop()
+
+    cutting = threading.Thread(target=cut)
+    cutting.start()
+    try:
+        for _ in range(500):
+            arena.account("passing").close()
+    finally:
+        over.set()
+        cutting.join()
+    memory = held.range("8MiB")
+    memory.grow("8MiB")
+    last, _ = opened("last")
+    last.range("8MiB").grow("8MiB")
+    memory.close()
+
+
 def test_an_account_that_a_new_broker_refuses_is_closed_without_it(opened: Opened, broker: Scripted) -> None:
     account, _ = opened()
     broker.mute = True

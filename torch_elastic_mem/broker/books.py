@@ -225,6 +225,8 @@ class Books:
         Raises:
             ProtocolError: it is more than was granted.
         """
+        if not message.bytes and message.account not in self.accounts.holders:
+            return  # the ASK crossed its CLOSE
         holder = self._of(session, message.account)
         self._discharge(holder, message.bytes)
         self._basket.accept(session)
@@ -234,7 +236,8 @@ class Books:
 
     def report(self, session: Session, message: Report) -> None:
         """Notes what an account has in use."""
-        self._of(session, message.account).report(message)
+        if message.account in self.accounts.holders:  # or this crossed its CLOSE
+            self._of(session, message.account).report(message)
 
     # What happens to processes.
 
