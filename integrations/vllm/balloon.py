@@ -131,14 +131,8 @@ class Balloon:
 
         By chunk rather than by block: what is cached beside it goes with a block in any case.
         """
-        size, read = self._size, self._read_chunks()
-        free, cached, used = ([start] * self.num_chunks for start in (0, 0, -1))
-        for place, block in enumerate(self._free()):
-            chunk = block.block_id // size
-            free[chunk] += 1
-            if block.block_hash is not None:
-                cached[chunk] += 1
-                used[chunk] = place
+        read = self._read_chunks()
+        free, cached, used = self._survey()
         costs = [
             Cost(cached[chunk], used[chunk], -chunk)
             for chunk in range(1, self.num_chunks)
@@ -154,21 +148,24 @@ class Balloon:
         return {number // self._size for number in self._read()}
 
     def occupancy(self) -> list[Chunk]:
-        """The chunks with memory, and what is free in them: looks at the free blocks alone."""
-        size = self._size
-        holes: list[list[Hole]] = [[] for _ in range(self.num_chunks)]
-        cached = [0] * self.num_chunks
-        for place, block in enumerate(self._free()):
-            chunk = block.block_id // size
-            if block.block_hash is None:
-                place = -1
-            else:
-                cached[chunk] += 1
-            holes[chunk].append(Hole(place, block.block_id))
+        """The chunks with memory, and what is free in them."""
+        free, cached, _ = self._survey()
         return [
-            Chunk(number, len(self.of(number)) - len(holes[number]), holes[number], cached[number])
+            Chunk(number, len(self.of(number)) - free[number], free[number], cached[number])
             for number in self.resident()
         ]
+
+    def holes(self, without: Collection[int], cached: int) -> list[Hole]:
+        """The free blocks that are not on these chunks: all that are empty, so many of the coldest others."""
+        size = self._size
+        found = []
+        for place, block in enumerate(self._free()):
+            warm = compat.hash_of(block) is not None
+            if (warm and not cached) or (chunk := block.block_id // size) in without:
+                continue
+            cached -= warm
+            found.append(Hole(place if warm else -1, chunk, block.block_id))
+        return found
 
     def held(self, chunk: int) -> list[int] | None:
         """The blocks of a chunk that requests hold; None if vLLM has one of them for itself."""
@@ -187,12 +184,27 @@ class Balloon:
             self._pool.evict_blocks({to})
             compat.exchange(self._pool, source, to)
 
+    def _survey(self) -> tuple[list[int], list[int], list[int]]:
+        """By chunk: free blocks, those of them with something cached, how late the last of these was used.
+
+        It looks at the free blocks alone.
+        """
+        size = self._size
+        free, cached, used = ([start] * self.num_chunks for start in (0, 0, -1))
+        for place, block in enumerate(self._free()):
+            chunk = block.block_id // size
+            free[chunk] += 1
+            if compat.hash_of(block) is not None:
+                cached[chunk] += 1
+                used[chunk] = place
+        return free, cached, used
+
     def _free(self) -> Iterator[Any]:
         """The blocks that nobody holds, those first that were used longest ago."""
         block = self._pool.free_block_queue.fake_free_list_head.next_free_block
-        while block is not None and block.next_free_block is not None:
+        while (after := block.next_free_block) is not None:
             yield block
-            block = block.next_free_block
+            block = after
 
     @property
     def free_blocks(self) -> int:
@@ -210,7 +222,7 @@ class Balloon:
         return self._counted - self._taken
 
     def _count(self, most: int) -> int:
-        unused = takewhile(lambda block: block.block_hash is None, self._free())
+        unused = takewhile(lambda block: compat.hash_of(block) is None, self._free())
         return sum(1 for _ in islice(unused, most))
 
     def _count_taken(self, pool: Any) -> None:
@@ -228,8 +240,10 @@ class Balloon:
         Where the owner's lock is not held they may be a few blocks off.
         """
         in_use, parked = self.in_use(), self.parked_blocks
-        cached = sum(not block.ref_cnt and block.block_hash is not None for block in self._pool.blocks)
-        return Counts(in_use, cached, max(0, len(self._pool.blocks) - 1 - in_use - cached - parked), parked)
+        blocks = self._pool.blocks
+        hashes = map(compat.hash_of, blocks)
+        cached = sum(not block.ref_cnt and key is not None for block, key in zip(blocks, hashes, strict=True))
+        return Counts(in_use, cached, max(0, len(blocks) - 1 - in_use - cached - parked), parked)
 
     def in_use(self) -> int:
         """Blocks that requests hold, without the null block."""

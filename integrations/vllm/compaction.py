@@ -6,10 +6,10 @@ the chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
 class Hole(NamedTuple):
@@ -17,28 +17,39 @@ class Hole(NamedTuple):
 
     Attributes:
         warmth: how late what is cached in it was used; less than 0 where nothing is.
+        chunk: the number of its chunk.
         block: its number.
     """
 
     warmth: int
+    chunk: int
     block: int
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A chunk with memory.
 
     Attributes:
         number: which.
         used: how many of its blocks are in use.
-        holes: those that no request holds.
+        holes: how many are not.
         cached: how many of these have something cached in them, which goes with the chunk.
     """
 
     number: int
     used: int
-    holes: Sequence[Hole]
+    holes: int
     cached: int
+
+
+class Blocks(Protocol):
+    """What a plan asks of a cache's blocks, of which there may be many thousands."""
+
+    def occupancy(self) -> list[Chunk]:
+        """The chunks with memory."""
+
+    def holes(self, without: Collection[int], cached: int) -> list[Hole]:
+        """Those that are not on these chunks: all that are empty, and so many of the coldest others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +65,7 @@ class Plan:
     freed: list[int] = field(default_factory=list)
 
 
-def plan(
-    chunks: Sequence[Chunk], held: Callable[[int], Sequence[int] | None], wanted: int, keep: int = 0
-) -> Plan:
+def plan(blocks: Blocks, held: Callable[[int], Sequence[int] | None], wanted: int, keep: int = 0) -> Plan:
     """Empties up to so many chunks with the fewest moves, and leaves `keep` holes.
 
     The emptiest chunks that may go are as many as their blocks find holes elsewhere. With chunks of one size
@@ -65,30 +74,27 @@ def plan(
     others; then the coldest prefixes go.
 
     Args:
-        chunks: all that have memory.
+        blocks: the cache's.
         held: the blocks of a chunk that requests hold, and None for one that stays in any case. Asked only
-            of the emptiest: there may be many thousands of blocks.
+            of the emptiest.
         wanted: chunks.
         keep: holes.
     """
-    room = sum(len(chunk.holes) for chunk in chunks) - keep
+    chunks = blocks.occupancy()
+    room = sum(chunk.holes for chunk in chunks) - keep
     sources: list[int] = []
     freed: set[int] = set()
     for chunk in sorted(chunks, key=lambda chunk: (chunk.used, chunk.cached, -chunk.number)):
-        if len(freed) == wanted or len(sources) + chunk.used > room - len(chunk.holes):
+        if len(freed) == wanted or len(sources) + chunk.used > room - chunk.holes:
             break
-        if (blocks := held(chunk.number)) is None:
+        if (found := held(chunk.number)) is None:
             continue
-        room -= len(chunk.holes)
-        sources += blocks
+        room -= chunk.holes
+        sources += found
         freed.add(chunk.number)
-    places = nsmallest(
-        len(sources),
-        (
-            (hole.warmth, -chunk.used, hole.block)
-            for chunk in chunks
-            if chunk.number not in freed
-            for hole in chunk.holes
-        ),
-    )
+    if not freed:
+        return Plan()
+    used = {chunk.number: chunk.used for chunk in chunks}
+    holes = blocks.holes(freed, len(sources))
+    places = nsmallest(len(sources), ((hole.warmth, -used[hole.chunk], hole.block) for hole in holes))
     return Plan([(source, place[-1]) for source, place in zip(sources, places, strict=True)], list(freed))

@@ -42,6 +42,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ LAYERS = {
 # The layers of which nothing is kept by a block's number but what `exchange` and `write_tables` write. Those
 # of a kind derived from these are others.
 MOVABLE = {"FullAttentionSpec", "SlidingWindowSpec"}
+# What of a block's content is cached, or None. By the field: its property is Python, and there are thousands.
+hash_of = attrgetter("_block_hash")
 
 
 class Unsupported(TemError):

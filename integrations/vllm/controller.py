@@ -374,9 +374,10 @@ class Controller:
         self.balloon.unpark(self.grower.take())
         most = max(0, self.balloon.free_blocks - keep) // self._cache.chunk_blocks if keep else None
         wanted = -(-nbytes // self._cache.freed_bytes)
-        chunks = self.balloon.cheapest(wanted)[:most]
+        found = self.balloon.cheapest(wanted + 1)[:most]
+        chunks = found[:wanted]
         if self._cache.freed(chunks) < nbytes:  # the short one is among them, or there are no more
-            chunks = self.balloon.cheapest(wanted + 1)[:most]
+            chunks = found
         if chunks:
             self.balloon.park(chunks)
             self._cache.release(chunks)

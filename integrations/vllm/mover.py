@@ -66,4 +66,4 @@ class Mover:
         def held(chunk: int) -> list[int] | None:
             return self._balloon.held(chunk) if self._cache.freed([chunk]) else None
 
-        return plan(self._balloon.occupancy(), held, -(-nbytes // self._cache.freed_bytes), keep)
+        return plan(self._balloon, held, -(-nbytes // self._cache.freed_bytes), keep)

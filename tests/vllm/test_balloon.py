@@ -8,6 +8,7 @@ pytest.importorskip("vllm")
 
 from tests.vllm.pools import cached, fill, free_ids, leave, pool_of, take, unhashed_first
 from torch_elastic_mem.integrations.vllm.balloon import Balloon, Counts
+from torch_elastic_mem.integrations.vllm.compaction import Chunk
 
 
 def blocks_of(balloon: Balloon, chunks: list[int]) -> set[int]:
@@ -233,3 +234,21 @@ def test_blocks_that_vllm_has_for_itself_keep_their_chunks() -> None:
     assert sink.block_id == 4
     take(pool, [9, 11])
     assert [balloon.held(chunk) for chunk in range(4)] == [None, None, [9, 11], []]
+
+
+def test_a_plan_is_told_how_full_chunks_are_and_of_holes_the_empty_and_the_coldest() -> None:
+    pool = pool_of(16)
+    balloon = Balloon(pool, 4, resident=3)
+    leave(pool, [9, 5, 6])
+    take(pool, [4, 8])
+    assert balloon.occupancy() == [Chunk(0, 1, 3, 0), Chunk(1, 1, 3, 2), Chunk(2, 1, 3, 1)]
+    empty = {1, 2, 3, 7, 10, 11}
+    assert {hole.block for hole in balloon.holes([], 0)} == empty
+    for cold in range(4):
+        found = sorted(balloon.holes([], cold))
+        assert {hole.block for hole in found[:6]} == empty
+        assert all(hole.warmth < 0 for hole in found[:6])
+        assert [hole.block for hole in found[6:]] == [9, 5, 6][:cold]
+    assert all(hole.chunk == hole.block // 4 for hole in balloon.holes([], 3))
+    # Those that go give no place: the coldest is the coldest of the others.
+    assert {hole.block for hole in balloon.holes([2], 1)} == {1, 2, 3, 7, 5}

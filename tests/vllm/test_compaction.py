@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -26,7 +26,22 @@ class Full:
     def told(self) -> Chunk:
         """As a plan is told of it."""
         cached = sum(hole.warmth >= 0 for hole in self.holes)
-        return Chunk(self.number, len(self.used), self.holes, cached)
+        return Chunk(self.number, len(self.used), len(self.holes), cached)
+
+
+class Cache:
+    """Chunks as a plan asks of them."""
+
+    def __init__(self, chunks: Sequence[Full]) -> None:
+        self._chunks = chunks
+
+    def occupancy(self) -> list[Chunk]:
+        return [chunk.told() for chunk in self._chunks]
+
+    def holes(self, without: Collection[int], cached: int) -> list[Hole]:
+        there = [hole for chunk in self._chunks if chunk.number not in without for hole in chunk.holes]
+        warm = sorted(hole for hole in there if hole.warmth >= 0)
+        return [hole for hole in there if hole.warmth < 0] + warm[:cached]
 
 
 def planned(chunks: Sequence[Full], wanted: int, keep: int = 0) -> Plan:
@@ -36,7 +51,7 @@ def planned(chunks: Sequence[Full], wanted: int, keep: int = 0) -> Plan:
         chunk = by_number[number]
         return None if chunk.fixed else chunk.used
 
-    return plan([chunk.told() for chunk in chunks], held, wanted, keep)
+    return plan(Cache(chunks), held, wanted, keep)
 
 
 @st.composite
@@ -51,7 +66,7 @@ def caches(draw: st.DrawFn) -> list[Full]:
             blocks = blocks[: draw(st.integers(1, SIZE))]
         states = [draw(st.sampled_from(("used", "cached", "free"))) for _ in blocks]
         holes = [
-            Hole(warmth[block] if state == "cached" else -1, block)
+            Hole(warmth[block] if state == "cached" else -1, number, block)
             for block, state in zip(blocks, states, strict=True)
             if state != "used"
         ]
@@ -115,7 +130,7 @@ def chunk_of(number: int, states: str) -> Full:
     return Full(
         number,
         [block for block, state in blocks if state == "u"],
-        [Hole(block if state == "c" else -1, block) for block, state in blocks if state != "u"],
+        [Hole(block if state == "c" else -1, number, block) for block, state in blocks if state != "u"],
     )
 
 
@@ -143,5 +158,5 @@ def test_only_the_emptiest_are_looked_into() -> None:
         asked.append(number)
         return chunks[number].used
 
-    assert plan([chunk.told() for chunk in chunks], held, 2).freed
+    assert plan(Cache(chunks), held, 2).freed
     assert asked == [51, 50]
