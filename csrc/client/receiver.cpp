@@ -64,12 +64,13 @@ void Client::rejoin() {
     const Lock lock(mutex_);
     const auto found = entries_.find(id);
     if (found == entries_.end()) return;
-    // Who opens it asks again; who has closed it has not woken up yet.
+    // Whoever asks for it to be opened does so below. Who was refused that, or has closed it, may not have
+    // woken up yet, and takes the entry away then.
     const Call* opening = question(id, Type::kOpen);
     const Call* closing = question(id, Type::kClose);
-    const bool asked = opening != nullptr && !opening->done;
-    const bool closed = closing != nullptr && closing->done;
-    if (!asked && !closed) send_open(id, found->second, lease);
+    const bool opens = opening != nullptr && (!opening->done || opening->error);
+    const bool closed = closing != nullptr && closing->done && !closing->error;
+    if (!opens && !closed) send_open(id, found->second, lease);
   });
   const Lock lock(mutex_);
   for (auto& [request, call] : calls_) try_send(request, *call);

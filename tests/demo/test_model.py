@@ -180,11 +180,10 @@ def test_a_micro_batch_that_failed_anywhere_has_left_nothing_behind(trained: Sta
         counting = FailingAt(-1)
         with counting:
             expected = trainer.micro_batch(0)
-        whole = trained.trainer()
         before = trained.used()
         for number in range(-1 - counting.left):
             with pytest.raises(Interrupted), FailingAt(number):
-                whole.micro_batch(0)
+                trainer.micro_batch(0)
             assert trained.used() == before, number
-        assert whole.micro_batch(0) == expected
-        del trainer, whole
+        assert trainer.micro_batch(0) == expected
+        del trainer
