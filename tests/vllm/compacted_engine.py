@@ -15,6 +15,7 @@ from tests.vllm.pressing import confine
 
 SEEDS = range(2)
 SHORT, LONG = 6, 40  # tokens that are wanted
+START = 160  # tokens, with which three of four begin
 SPARE = 8  # blocks to go on with until the memory is back
 EVERY = 12  # steps from one squeeze to the next
 
@@ -22,7 +23,7 @@ EVERY = 12  # steps from one squeeze to the next
 def requests(seed: int) -> dict[str, tuple[list[int], int]]:
     """Prompts and how many tokens are wanted: of every third many, and three of four begin alike."""
     rng = random.Random(seed)
-    start = [rng.randrange(3, 1000) for _ in range(160)]
+    start = [rng.randrange(3, 1000) for _ in range(START)]
     found = {}
     for number in range(16):
         prompt = [rng.randrange(3, 1000) for _ in range(rng.randrange(60, 220))]

@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 import torch
 
 from tests.programs import end
+from tests.vllm.compacted_engine import START
 from tests.vllm.engine import CACHE
 from tests.vllm.facts import facts, read, run_by_tem, under_tem_run
 from torch_elastic_mem.broker.control import ControlClient
@@ -56,7 +57,8 @@ def test_blocks_of_running_requests_move(told: dict[tuple[str, str], Any]) -> No
     assert moving["moved"] and all(moving["met"])
     assert moving["preempted"] == []
     assert moving["tokens"] == plain["tokens"]
-    assert all(moving["hits"]) and moving["again"] == moving["tokens"][-1][::3]
+    # Here a squeeze lasts for many steps: who ended first may have lost its prefix, and has all of it anew.
+    assert max(moving["hits"]) > START and moving["again"] == moving["tokens"][-1][::3]
 
 
 def test_a_sleeper_holds_nothing_and_wakes_up_as_it_was(told: dict[tuple[str, str], Any]) -> None:
