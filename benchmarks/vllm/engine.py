@@ -78,6 +78,7 @@ class Engine:
         cache, arena: of an engine on an arena; None of a stock one.
         block_bytes: what a block takes of the cache.
         preempted: requests that it has preempted, one that came back and was preempted again twice.
+        waited: seconds that steps of an engine on an arena have waited for memory.
     """
 
     def __init__(self, opening: Opening) -> None:
@@ -115,6 +116,9 @@ class Engine:
         self._seconds = time.perf_counter() - started
         self.preempted = 0
         self._count_preempted()
+        self.waited = 0.0
+        if ours:
+            self._count_waits(self.scheduler.elastic.grower)
 
     def facts(self) -> dict[str, Any]:
         """For the result's raw part."""
@@ -149,3 +153,13 @@ class Engine:
             return plain(*args, **kwargs)
 
         self.scheduler._preempt_request = counted
+
+    def _count_waits(self, grower: Any) -> None:
+        plain = grower.wait
+
+        def counted(seconds: float) -> None:
+            begun = time.monotonic()
+            plain(seconds)
+            self.waited += time.monotonic() - begun
+
+        grower.wait = counted

@@ -6,12 +6,16 @@ import hashlib
 import random
 import time
 from collections.abc import Callable, Sequence
+from heapq import nlargest
 from itertools import pairwise
 from typing import Any
 
 import msgspec
 
 from benchmarks.timing import percentile
+
+# So many of an engine's steps are kept of a load, to tell whether those of two engines were long at one time.
+LONGEST = 10
 
 
 class Arrival(msgspec.Struct, frozen=True):
@@ -66,6 +70,7 @@ class Seen(msgspec.Struct):
         itl: between two outputs of one request: of all requests, the percentiles from 0 to 100.
         tokens: a digest of each request's tokens.
         short: requests that did not get all of theirs.
+        longest: the engine's longest steps: when they ended, from the start, and how long they took.
     """
 
     seconds: float
@@ -75,6 +80,7 @@ class Seen(msgspec.Struct):
     itl: list[float]
     tokens: list[str]
     short: int = 0
+    longest: list[tuple[float, float]] = []
 
 
 def drawn(rng: random.Random, count: int, vocabulary: int) -> list[int]:
@@ -114,6 +120,7 @@ def drive(
     due = list(reversed(arrivals))
     times: dict[str, list[float]] = {each.name: [] for each in arrivals}
     tokens: dict[str, list[int]] = {each.name: [] for each in arrivals}
+    steps: list[tuple[float, float]] = []
     while due or engine.has_unfinished_requests():
         now = time.monotonic() - start
         while due and due[-1].at <= now:
@@ -129,7 +136,11 @@ def drive(
         if not engine.has_unfinished_requests():
             time.sleep(max(0.0, due[-1].at - (time.monotonic() - start)))
             continue
-        for output in engine.step():
+        begun = time.monotonic() - start
+        outputs = engine.step()
+        ended = time.monotonic() - start
+        steps.append((ended, ended - begun))
+        for output in outputs:
             new = list(output.outputs[0].token_ids)
             if new:
                 times[output.request_id].append(time.monotonic() - start)
@@ -146,6 +157,7 @@ def drive(
         _percentiles([after - before for span in spans for before, after in pairwise(span)]),
         [hashlib.sha256(str(each).encode()).hexdigest()[:12] for each in tokens.values()],
         sum(len(tokens[each.name]) != each.output for each in arrivals),
+        nlargest(LONGEST, steps, key=lambda step: step[1]),
     )
 
 

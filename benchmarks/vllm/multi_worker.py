@@ -20,6 +20,7 @@ class Served(msgspec.Struct):
 
     Attributes:
         preempted: requests that it preempted. moved: blocks that it moved.
+        waited: seconds that its steps waited for memory.
         most_bytes: the most that its requests held of its cache after a step.
         cache_bytes: the most that its cache may hold.
     """
@@ -27,6 +28,7 @@ class Served(msgspec.Struct):
     seen: Seen
     preempted: int
     moved: int
+    waited: float
     most_bytes: int
     cache_bytes: int
 
@@ -70,10 +72,11 @@ class MultiWorker:
         arrivals = ramp.arrivals()
         if time.monotonic() > start:
             raise RuntimeError("the run was to have started already: its prompts took too long to draw")
-        before = engine.preempted, engine.moved
+        before = engine.preempted, engine.moved, engine.waited
         seen = drive(engine.llm, arrivals, start, stepped)
         preempted, moved = engine.preempted - before[0], engine.moved - before[1]
-        return Served(seen, preempted, moved, most * engine.block_bytes, self._opening.kv_bytes)
+        waited = engine.waited - before[2]
+        return Served(seen, preempted, moved, waited, most * engine.block_bytes, self._opening.kv_bytes)
 
 
 def kvcached_bytes(name: str) -> int:

@@ -34,8 +34,8 @@ from torch_elastic_mem.integrations.vllm.memory import EngineMemory
 from torch_elastic_mem.integrations.vllm.mover import Mover
 from torch_elastic_mem.integrations.vllm.teller import Teller
 
-# What steps wait for memory on its way rather than give up a warm prefix or preempt a request: in all, for it
-# may take as long as requests of others do.
+# What steps wait for memory on its way rather than preempt a request or do nothing: in all, for it may take
+# as long as requests of others do.
 PATIENCE = 0.05
 # What a demand may cost: caches and copies; admissions; running requests.
 EVICT, SHRINK, PAUSE = "evict", "shrink", "pause"
@@ -130,9 +130,9 @@ class Controller:
         free = self.balloon.free_blocks
         short = free < max(low, needs.most)
         self._grow(max(high, needs.most) - unused, short)
-        # What is cached and free would serve as well, at the cost of a prefix. Where nothing is, a step that
-        # has something to do does it meanwhile, and admits the others later.
-        missing = (needs.most if free > unused else needs.least) - unused
+        # The coldest prefixes serve as well: one that is computed anew costs a request milliseconds, and a
+        # wait costs all of them. A step that has something to do does it, and admits the others later.
+        missing = needs.least - free
         while missing > 0 and self.grower.coming and not self.grower.resting(short):
             if (left := self._patient_until - time.monotonic()) <= 0:
                 break

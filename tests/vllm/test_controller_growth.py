@@ -103,6 +103,8 @@ def test_cached_blocks_are_not_unused_and_the_cache_grows_beside_them(small: Eng
     small.step(needed=9, ahead=9)
     leave(small.pool, free_ids(small.pool))
     small.step(needed=5, ahead=5)
+    small.controller.grower.wait(LONG)
+    small.step(needed=5, ahead=5)
     assert small.balloon.unused(100) >= 5
     small.assert_sound()
 
@@ -183,13 +185,15 @@ def test_a_step_that_has_something_to_do_does_not_wait_for_those_who_are_to_be_a
     assert len(free_ids(small.pool)) == 9
 
 
-def test_a_step_waits_for_memory_rather_than_give_up_a_prefix(small: Engine, slow: threading.Event) -> None:
+def test_a_step_gives_up_a_prefix_rather_than_wait_for_memory(small: Engine, slow: threading.Event) -> None:
     leave(small.pool, free_ids(small.pool))
-    step = steps(small, needed=9, least=0, ahead=9)
-    step.join(0.2)
-    assert step.is_alive()
-    slow.set()
+    step = steps(small, needed=1, least=1, ahead=9)
     step.join(LONG)
+    assert not step.is_alive() and not slow.is_set()
+    assert len(small.controller.grower.coming) == 5, "it comes meanwhile"
+    slow.set()
+    small.controller.grower.wait(LONG)
+    small.step(needed=1, least=1, ahead=9)
     assert small.balloon.unused(100) >= 8
     small.assert_sound()
 

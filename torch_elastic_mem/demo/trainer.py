@@ -14,13 +14,13 @@ from torch_elastic_mem.demo.text import Text
 _RATE, _BETA1, _BETA2, _EPSILON = 1e-3, 0.9, 0.99, 1e-8
 
 
-def _forget_backward(device: str) -> None:
-    """Frees what a failed backward pass left in the queue that autograd has for the thread or the device.
+def _forget_backward() -> None:
+    """Frees what a failed backward pass left in the queue that autograd has for the thread.
 
     The tasks that were ready stay there, each with the graph and the activations below it, until the next
-    backward pass comes upon them: this one is of nothing.
+    backward pass comes upon them: this one is of nothing. The threads of a GPU pass over theirs at once.
     """
-    nothing = torch.empty(0, device=device, requires_grad=True)
+    nothing = torch.empty(0, requires_grad=True)
     torch.autograd.grad(nothing, nothing, torch.empty_like(nothing))
 
 
@@ -77,7 +77,7 @@ class Trainer:
         try:
             gradients = torch.autograd.grad(loss, self._weights.views)
         except BaseException:
-            _forget_backward(self._device)
+            _forget_backward()
             raise
         value = loss.item()
         torch._foreach_add_(self._sum_views, gradients)
