@@ -29,6 +29,7 @@ Client::~Client() = default;
 std::shared_ptr<Client> Client::connect(const std::string& path, Identity identity, Deadline deadline) {
   std::shared_ptr<Client> client(new Client(path, std::move(identity)));
   client->handshake(deadline);
+  client->joined_ = true;
   return client;
 }
 
@@ -144,6 +145,8 @@ void Client::try_send(uint64_t request, Call& call) {
 Limits Client::open(AccountId id, const std::string& name, const std::string& priority,
                     const Limits& limits) {
   Lock lock(mutex_);
+  // One of that name may be on its way out.
+  answered_.wait_until(lock, deadline_in(kAnswer), [&] { return stopping_ || !leaving(name); });
   Entry& entry = entries_[id];
   entry.name = name;
   entry.priority = priority;
@@ -163,17 +166,31 @@ void Client::close(AccountId id) {
   Lock lock(mutex_);
   if (question(id) != nullptr) throw Error(Kind::kInUse, "a demand of the account is under way");
   const auto found = entries_.find(id);
-  const bool opening =
-      std::any_of(openings_.begin(), openings_.end(), [id](const auto& one) { return one.second == id; });
-  Call closing{Type::kClose, id};
-  // A broker that is gone has forgotten the account; the next one is not told of it.
+  if (found == entries_.end()) return;
+  bool told = !found->second.refused.empty();
   try {
-    if (found != entries_.end() && (found->second.remote || opening) && connected())
+    if (connected() && (found->second.remote || opens(id))) {
+      Call closing{Type::kClose, id};
       call(lock, closing, deadline_in(kAnswer));
+      told = true;
+    }
   } catch (const Error& error) {
     if (error.kind() != Kind::kBroker) throw;
   }
-  entries_.erase(id);
+  auto entry = entries_.extract(id);
+  if (told) return;
+  // A broker that lives counts what it held until the process ends. So it is opened once more, to be closed.
+  const auto left = left_.insert(std::move(entry)).position;
+  if (joined_) send_open(id, left->second, 0);
+}
+
+bool Client::opens(AccountId id) const {
+  return std::any_of(openings_.begin(), openings_.end(), [id](const auto& one) { return one.second == id; });
+}
+
+bool Client::leaving(const std::string& name) const {
+  return std::any_of(left_.begin(), left_.end(),
+                     [&](const auto& one) { return one.second.name == name && opens(one.first); });
 }
 
 void Client::set_limits(AccountId id, const Limits& limits) {

@@ -101,6 +101,8 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
 
   void call(Lock& lock, Call& call, Deadline deadline);
   const Call* question(AccountId id, std::optional<Type> type = {}) const;
+  bool opens(AccountId id) const;
+  bool leaving(const std::string& name) const;
   void try_send(uint64_t request, Call& call);
   void send_open(AccountId id, Entry& entry, size_t lease);
   std::optional<AccountId> local(uint32_t remote) const;
@@ -118,7 +120,9 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
   mutable std::mutex mutex_;
   std::condition_variable answered_;
   bool stopping_ = false;
+  bool joined_ = false;  // the broker has been told of all that there is
   std::map<AccountId, Entry> entries_;
+  std::map<AccountId, Entry> left_;  // closed, and a broker that may know them has not been told
   std::map<uint64_t, Call*> calls_;
   std::map<uint64_t, AccountId> openings_;
   uint64_t next_request_ = 1;

@@ -49,12 +49,14 @@ void Client::lose() noexcept {
   connection_.disconnect();
   passed_.clear();
   const Lock lock(mutex_);
+  joined_ = false;
   openings_.clear();
   for (auto& [id, entry] : entries_) {
     entry.remote.reset();
     entry.unreturned = 0;
   }
   for (auto& [request, call] : calls_) call->sent = false;
+  answered_.notify_all();
 }
 
 void Client::rejoin() {
@@ -73,7 +75,10 @@ void Client::rejoin() {
     if (!opens && !closed) send_open(id, found->second, lease);
   });
   const Lock lock(mutex_);
+  joined_ = true;
   for (auto& [request, call] : calls_) try_send(request, *call);
+  // Behind the others: one of the same name takes over what the broker knows of it.
+  for (auto& [id, entry] : left_) send_open(id, entry, 0);
 }
 
 void Client::send_open(AccountId id, Entry& entry, size_t lease) {
@@ -146,6 +151,8 @@ void Client::on_opened(const Header& header, const Opened& opened) {
     const auto found = entries_.find(id);
     if (found == entries_.end()) {
       post(0, Close{opened.account, 0});
+      left_.erase(id);
+      answered_.notify_all();
       return;
     }
     Entry& entry = found->second;
@@ -172,6 +179,7 @@ void Client::on_refused(const Header& header, const Error& why) {
     if (const auto opening = openings_.find(header.request); opening != openings_.end()) {
       const AccountId id = opening->second;
       openings_.erase(opening);
+      left_.erase(id);
       if (const auto found = entries_.find(id); found != entries_.end()) found->second.refused = why.what();
       for (auto& [request, call] : calls_)
         if (call->account == id && call->type == Type::kClose) call->done = true;  // it has no such account

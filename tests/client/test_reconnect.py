@@ -182,6 +182,75 @@ def test_accounts_come_and_go_while_the_connection_is_cut_again_and_again(
     memory.close()
 
 
+@pytest.fixture
+def alone(opened: Opened, broker: Scripted) -> tem.Account:
+    """An account that holds a lease, and no broker takes its process's connection."""
+    account, _ = opened("passing")
+    memory = account.range("8MiB")
+    memory.grow("8MiB")
+    broker.refuse_hello = encode(0, Refused(NOT_PERMITTED, "not now"))
+    broker.drop()
+    broker.await_count(Hello, 2)
+    memory.close()
+    return account
+
+
+def test_an_account_that_was_closed_without_a_broker_is_closed_there_once_there_is_one(
+    alone: tem.Account, broker: Scripted
+) -> None:
+    alone.close()
+    assert broker.got(Close) == []
+    broker.refuse_hello = None
+    broker.await_count(Close, 1)
+    assert [(each.name, each.lease) for each in broker.got(Open)[1:]] == [("passing", 0)]
+    broker.drop()
+    hellos = len(broker.got(Hello))
+    broker.await_count(Hello, hellos + 1)
+    time.sleep(0.2)
+    assert len(broker.got(Open)) == 2, "and forgotten then"
+
+
+def test_its_name_may_be_used_again_whenever_that_is(
+    alone: tem.Account, arena: tem.Arena, broker: Scripted
+) -> None:
+    alone.close()
+    made: list[tem.Account] = []
+    opening = threading.Thread(target=lambda: made.append(arena.account("passing")))
+    opening.start()
+    opening.join(0.05)
+    broker.refuse_hello = None
+    opening.join(10)
+    made[0].range("8MiB").grow("8MiB")
+    for _ in range(20):
+        last = arena.account("passing too")
+        broker.refuse_hello = encode(0, Refused(NOT_PERMITTED, "not now"))
+        hellos = len(broker.got(Hello))
+        broker.drop()
+        broker.await_count(Hello, hellos + 1)
+        last.close()
+        hellos = len(broker.got(Hello))
+        broker.refuse_hello = None
+        broker.await_count(Hello, hellos + 1)
+        arena.account("passing too").close()
+
+
+def test_a_name_is_waited_for_while_its_last_account_is_on_its_way_out(
+    alone: tem.Account, arena: tem.Arena, broker: Scripted
+) -> None:
+    alone.close()
+    broker.mute = True
+    broker.refuse_hello = None
+    broker.await_count(Open, 2)
+    opening = threading.Thread(target=lambda: arena.account("passing"))
+    opening.start()
+    opening.join(0.2)
+    assert opening.is_alive() and len(broker.got(Open)) == 2
+    broker.speak()
+    opening.join(10)
+    assert not opening.is_alive()
+    assert len(broker.got(Close)) == 1 and len(broker.got(Open)) == 3
+
+
 def test_an_account_that_a_new_broker_refuses_is_closed_without_it(opened: Opened, broker: Scripted) -> None:
     account, _ = opened()
     broker.mute = True

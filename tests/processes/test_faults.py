@@ -117,6 +117,24 @@ def test_without_a_broker_tenants_go_on_and_the_next_one_learns_what_they_hold(m
     assert state.leased <= state.capacity
 
 
+def test_an_account_that_is_closed_while_the_connection_is_lost_is_closed_at_the_broker_too(
+    machine: Machine,
+) -> None:
+    peer = machine.peer("training")
+    peer("grow", 64 * MiB)
+    os.kill(machine.service.pid, signal.SIGSTOP)
+    try:
+        assert peer("cut") == 1
+        peer("close_account")
+    finally:
+        os.kill(machine.service.pid, signal.SIGCONT)
+    machine.await_leased(0)
+    state = machine.state()
+    assert state is not None and not state.accounts and peer.process.poll() is None
+    other = machine.peer("training")
+    assert other("grow", 120 * MiB) == 120 * MiB
+
+
 def test_a_tenant_that_stands_still_while_the_broker_is_replaced_is_waited_for(machine: Machine) -> None:
     hog = machine.peer("training")
     hog("grow", 100 * MiB)
