@@ -19,7 +19,7 @@ from benchmarks.options import backend_option, errors_as_messages, out_option, s
 from benchmarks.results import Result, command_line
 from benchmarks.terminal import progress, publish
 from benchmarks.vllm import splits
-from benchmarks.vllm.engine import KVCACHED, OURS, STOCK, Opening
+from benchmarks.vllm.engine import CONTROL, KVCACHED, OURS, STOCK, Opening
 from benchmarks.vllm.fleet import Fleet, gpu_of
 from benchmarks.vllm.load import Load
 from benchmarks.vllm.multi_tables import tables
@@ -162,8 +162,9 @@ def _pattern(name: str) -> str:
     "--contender",
     "contenders",
     multiple=True,
-    type=click.Choice([STOCK, KVCACHED, OURS]),
-    help="May be given several times. [default: stock and ours, one after the other; none beside --with]",
+    type=click.Choice([STOCK, CONTROL, KVCACHED, OURS]),
+    help="May be given several times. 'stock, again' tells how far two of one kind are apart. "
+    "[default: stock and ours, one after the other; none beside --with]",
 )
 @click.option(
     "--split",
@@ -261,11 +262,11 @@ def _fleets(
 ) -> list[tuple[str, str, list[int] | None, str]]:
     """Each contender, the name of its rows, its split if it has one, and what is said of it."""
     found: list[tuple[str, str, list[int] | None, str]] = []
-    if STOCK in contenders:
+    for stock in [each for each in (STOCK, CONTROL) if each in contenders]:
         for each in wanted:
             split, said = plan.split(each)
             unit, word = (GIB, "GiB") if plan.on_cuda else (MIB, "MiB")
-            name = f"{STOCK} {':'.join(f'{size / unit:.3g}' for size in split)} {word}"
+            name = f"{stock} {':'.join(f'{size / unit:.3g}' for size in split)} {word}"
             if name not in [other[1] for other in found]:
                 found.append((STOCK, name, split, f"{name}: {said}."))
     shared = tem.format_bytes(plan.settings.total)

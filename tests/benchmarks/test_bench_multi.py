@@ -7,7 +7,7 @@ import pytest
 from benchmarks.results import load
 from benchmarks.vllm import ballast, bench_multi
 from benchmarks.vllm.bench_multi import Plan, Settings, merged, serve
-from benchmarks.vllm.engine import KVCACHED
+from benchmarks.vllm.engine import CONTROL, KVCACHED, OURS, STOCK
 from benchmarks.vllm.multi_tables import tables
 from benchmarks.vllm.ramps import ENGINES, PATTERNS, Ramp, Run
 from benchmarks.vllm.splits import Pace, best, splits, waits
@@ -128,6 +128,26 @@ def test_what_shares_the_memory_too_is_no_static_split():
     shown, targets = tables(runs, 1, 1, "")
     assert [row[3] for row in shown.rows] == ["1.00, 1.00", "0.50, 0.50", "1.00, 1.00"]
     assert [row[1] for row in targets.rows] == ["1.000", "1.000 (1.00 to 1.00)", "1.0"]
+
+
+def test_a_second_stock_fleet_is_held_against_the_first():
+    runs = {
+        "staggered, 8/s": {
+            "stock 1": [served([0.2, 0.2], most=10)],
+            f"{CONTROL} 1": [served([0.1, 0.1])],
+            "ours": [served([0.2, 0.2])],
+        }
+    }
+    shown, targets = tables(runs, 1, 1, "")
+    assert [row[3] for row in shown.rows] == ["1.00, 1.00", "0.50, 0.50", "1.00, 1.00"]
+    assert [row[1] for row in targets.rows] == ["1.000", "1.000 (1.00 to 1.00)", "1.0"]
+    plan = Plan(SETTINGS, ["staggered"], [8.0], "cuda")
+    fleets = bench_multi._fleets(plan, [OURS, CONTROL, STOCK], ["equal"])
+    assert [each[:2] for each in fleets] == [
+        (STOCK, "stock 8:8:8 GiB"),
+        (STOCK, "stock, again 8:8:8 GiB"),
+        (OURS, OURS),
+    ]
 
 
 def test_the_device_is_filled_but_for_what_is_to_be_shared_and_what_kvcached_leaves_alone():
