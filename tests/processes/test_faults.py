@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes.conftest import Machine, MiB, Refused, preload
+from tests.processes.conftest import LONG, Machine, MiB, Refused, preload
 
 
 @pytest.fixture(scope="session")
@@ -128,9 +128,11 @@ def test_an_account_that_is_closed_while_the_connection_is_lost_is_closed_at_the
         peer("close_account")
     finally:
         os.kill(machine.service.pid, signal.SIGCONT)
-    machine.await_leased(0)
-    state = machine.state()
-    assert state is not None and not state.accounts and peer.process.poll() is None
+    deadline = time.monotonic() + LONG
+    while (state := machine.state()) is None or state.accounts:
+        assert time.monotonic() < deadline, state
+        time.sleep(0.02)
+    assert state.leased == 0 and peer.process.poll() is None
     other = machine.peer("training")
     assert other("grow", 120 * MiB) == 120 * MiB
 
