@@ -51,6 +51,8 @@ void Connection::connect() {
 
 void Connection::disconnect() noexcept {
   const std::lock_guard<std::mutex> guard(mutex_);
+  // A child of fork() may have the socket too. There nobody comes here: the arena is left be.
+  if (socket_) ::shutdown(socket_.get(), SHUT_RDWR);
   socket_.close();
   unsent_.clear();
   number_ = 0;

@@ -16,14 +16,18 @@ from tests.broker.service import SOON, MiB, Service, actor, hear
 from tests.broker.tenant import LONG, Tenant, ended
 from torch_elastic_mem.broker.protocol import (
     FREE_ONLY,
+    HOST,
     LAST,
     Close,
     Denied,
     Done,
     Gave,
+    Hello,
     Limits,
     Report,
     SetLimits,
+    Welcome,
+    Withdraw,
 )
 
 
@@ -88,6 +92,30 @@ def test_what_a_killed_process_held_is_granted_again(service: Service, step: str
         finally:
             process.kill()
             process.wait()
+
+
+def test_a_process_that_comes_back_has_its_account_though_its_last_words_are_not_read_yet(
+    service: Service,
+) -> None:
+    """The broker stood still. The old connection's words come before the new one's, however many they are."""
+    with service.tenant() as tenant:
+        account = tenant.open("a")
+        tenant.get(account, 60 * MiB)
+        os.kill(service.pid, signal.SIGSTOP)
+        try:
+            # Words that the broker itself hears, and that have no answer: one would show it the end.
+            for number in range(100):
+                tenant.send(Withdraw(), 1000 + number)
+            tenant.put(account, 20 * MiB)
+            tenant.socket.close()
+            again = Tenant(service.path, hello=False)
+            hello = again.send(Hello(HOST, "host", HOST, "tenant", 1 << 40, 1))
+        finally:
+            os.kill(service.pid, signal.SIGCONT)
+        with again:
+            assert isinstance(again.wait(hello), Welcome)
+            back = again.open("a", lease=40 * MiB)
+            assert again.get(back, 60 * MiB) == 60 * MiB
 
 
 def test_a_stopped_process_is_a_debtor_and_others_are_served(service: Service) -> None:

@@ -92,6 +92,7 @@ class Scripted:
         self._clients: list[socket.socket] = []
         self._greeted: list[socket.socket] = []
         self._cut: list[socket.socket] = []
+        self._ended = 0
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -158,6 +159,11 @@ class Scripted:
                 self.charged
             )
 
+    def await_ended(self, count: int, timeout: float = 10.0) -> None:
+        """So many connections have been ended."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._ended >= count, timeout), self._ended
+
     def answer(self, message: Message, passed: list[tuple[int, int]] | None = None) -> None:
         """To the demand that came last, with memory passed on."""
         number = self.last(Demand)
@@ -209,6 +215,9 @@ class Scripted:
         if not data:
             self._clients.remove(client)
             client.close()
+            with self._changed:
+                self._ended += 1
+                self._changed.notify_all()
             return
         if client in self._cut:
             return

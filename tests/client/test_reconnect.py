@@ -281,6 +281,26 @@ def test_a_broker_that_talks_nonsense_is_left_and_looked_for_again(
     assert account.held == 8 * MiB
 
 
+def test_a_connection_that_is_left_ends_though_a_child_of_fork_has_its_socket_too(
+    opened: Opened, broker: Scripted
+) -> None:
+    opened()
+    end, held = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(held)
+        os.read(end, 1)
+        os._exit(0)
+    try:
+        broker.send_raw(b"x")
+        broker.await_count(Open, 2)
+        broker.await_ended(1)
+    finally:
+        os.close(held)
+        os.close(end)
+        os.waitpid(pid, 0)
+
+
 def test_a_grant_for_an_account_nobody_knows_is_ignored(opened: Opened, broker: Scripted) -> None:
     account, _ = opened()
     broker.send(77, Grant(4711, 8 * MiB))

@@ -8,6 +8,7 @@ import errno
 import logging
 import math
 import os
+import select
 import socket
 from collections import deque
 from collections.abc import Iterator
@@ -172,6 +173,8 @@ class Server:
 
     def _hear(self, connection: Connection, data: bytes, descriptors: list[int]) -> None:
         """Does what a process has said, and has the teller read on."""
+        if connection.session is None:
+            self._hear_out_ended(connection.seat)
         try:
             if self._take(connection, data, descriptors):
                 # A RETURN, and the DEMAND behind it.
@@ -326,6 +329,19 @@ class Server:
                 self._drop(connection, None)
             self._door.remove(seat)
             self._broker.bury(seat.process)
+
+    def _hear_out_ended(self, seat: Seat[Connection]) -> None:
+        """A process that comes back has said all that it will say over connections that it has ended.
+
+        Or its accounts, not lost yet, would be opened a second time beside themselves.
+        """
+        ended = select.poll()
+        numbers = {each.socket.fileno(): each for each in seat.connections if each.session is not None}
+        for number in numbers:
+            ended.register(number, 0)
+        for number, _ in ended.poll(0):
+            self._hear_out(numbers[number])
+            self._drop(numbers[number], None)
 
     def _hear_out(self, connection: Connection) -> None:
         """What a process said before its end counts. A child of it may go on for ever."""
