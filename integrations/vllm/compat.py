@@ -27,7 +27,8 @@ Facts, each read in the release's wheel:
 * All that keeps a block from step to step in the scheduler keeps the object, not its number. By number it is
   known in `BlockPool.blocks`, in the map of cached blocks where two have one content, in
   `cached_block_hashes_by_block`, in the sampled metrics, to KV connectors, and where routed experts are
-  returned. A step's output has numbers, but its work is on the stream before the next is scheduled.
+  returned. A step's output has numbers, but its work is on the stream before the next is scheduled; so is
+  what drafts, which reads the step's own tables.
 * The runner has tables of its own and is sent what is new. The V1 runner's rows are pinned memory that goes
   to the device with every step; `prepare_inputs_event` has passed when it has gone. The V2 runner's are on
   the device, and writes to them are staged in as many buffers as there may be steps in flight. To send a
@@ -226,8 +227,8 @@ def unmovable(scheduler: Any) -> str | None:
     kinds = {type(group.kv_cache_spec).__name__ for group in scheduler.kv_cache_config.kv_cache_groups}
     if others := kinds - MOVABLE:
         return f"it has layers of another kind, {', '.join(sorted(others))}"
-    if config.speculative_config is not None:
-        return "it decodes speculatively"
+    if getattr(config.speculative_config, "method", None) == "custom_class":
+        return "it drafts by a class of somebody's own, which may know blocks by their numbers"
     if config.kv_transfer_config is not None:
         return "a KV connector knows blocks by their numbers"
     if getattr(config.model_config, "enable_return_routed_experts", False) or (

@@ -1,4 +1,7 @@
-"""The real engine, whose blocks move meanwhile: `python -m tests.vllm.compacted_engine SCENARIO SHAPE`."""
+"""The real engine, whose blocks move meanwhile: `python -m tests.vllm.compacted_engine SCENARIO KIND`.
+
+A kind is a shape, or a way to draft for the shape `tiny`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from tests.vllm.engine import engine, fact, sampling
+from benchmarks.vllm import shapes
+from tests.vllm.engine import CACHE, engine, fact, sampling
+from tests.vllm.models import speculating
 from tests.vllm.pressing import confine
 
 SEEDS = range(2)
@@ -127,8 +132,32 @@ def serve(llm: Any, wanted: dict[str, tuple[list[int], int]], other: Squeezing |
     return [tokens[name] for name in wanted], [hits[name] for name in wanted]
 
 
+def accepted(llm: Any) -> float:
+    """Tokens that were drafted and found right."""
+    counted = {each.name: each for each in llm.get_metrics()}.get("vllm:spec_decode_num_accepted_tokens")
+    return 0.0 if counted is None else float(counted.value)
+
+
+def drafts(kind: str, folder: Path) -> dict[str, Any]:
+    match kind:
+        case "ngram":
+            return speculating(folder, "ngram")
+        case "draft":
+            # The model itself: it drafts what is right as long as its own cache is.
+            return speculating(folder, "draft_model", "tiny")
+        case "eagle":
+            shapes.SHAPES[kind] = shapes.SHAPES["tiny"] | {
+                "num_hidden_layers": 1,
+                "architectures": ["EagleLlamaForCausalLM"],
+            }
+            # Five layers: each one's blocks begin with an extent if there are so many.
+            return speculating(folder, "eagle", kind) | {"kv_cache_memory_bytes": 5 * CACHE // 4}
+    return {}
+
+
 def plain(llm: Any) -> None:
     fact("tokens", [serve(llm, requests(seed))[0] for seed in SEEDS])
+    fact("accepted", accepted(llm))
 
 
 def moving(llm: Any) -> None:
@@ -138,6 +167,7 @@ def moving(llm: Any) -> None:
     controller.PATIENCE = 60.0
     other = Squeezing(llm)
     fact("tokens", [serve(llm, requests(seed), other)[0] for seed in SEEDS])
+    fact("accepted", accepted(llm))
     last = requests(SEEDS[-1])
     long = {f"again-{name}": (prompt, count) for name, (prompt, count) in last.items() if count == LONG}
     again, hits = serve(llm, long)
@@ -148,12 +178,14 @@ def moving(llm: Any) -> None:
 
 
 def main() -> None:
-    scenario, shape = sys.argv[1:]
+    scenario, kind = sys.argv[1:]
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["TEM_ENABLE"] = "0" if scenario == "plain" else "1"
     os.dup2(2, 1)
-    with tempfile.TemporaryDirectory() as folder:
-        {"plain": plain, "moving": moving}[scenario](engine(Path(folder), shape))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        more = drafts(kind, folder)
+        {"plain": plain, "moving": moving}[scenario](engine(folder, "tiny" if more else kind, **more))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,18 @@ def test_prefixes_that_moved_are_found_again_and_are_right(moving: dict[str, Any
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["ngram", "draft", "eagle"])
+def test_blocks_move_while_tokens_are_drafted_and_drafts_stay_as_good(method: str) -> None:
+    plain, moving = (facts(each, method, PROGRAM) for each in ("plain", "moving"))
+    assert moving["moved"] and all(moving["met"])
+    assert moving["preempted"] == []
+    assert moving["tokens"] == plain["tokens"]
+    assert moving["accepted"] == plain["accepted"]
+    # An Eagle of drawn weights guesses nothing; a draft that is the model itself guesses all.
+    assert method == "eagle" or moving["accepted"] > 0
+
+
+@pytest.mark.slow
 def test_blocks_of_several_groups_of_layers_move() -> None:
     plain, moving = (facts(each, "tiny-windows", PROGRAM) for each in ("plain", "moving"))
     assert moving["moved"] and all(moving["met"])

@@ -150,9 +150,14 @@ def engine(*kinds: str, **more: Any) -> Any:
     )
 
 
+def drafting(method: str) -> SimpleNamespace:
+    return SimpleNamespace(method=method)
+
+
 def test_blocks_of_plain_attention_and_of_windows_move() -> None:
     assert compat.unmovable(engine("FullAttentionSpec")) is None
     assert compat.unmovable(engine("FullAttentionSpec", "SlidingWindowSpec")) is None
+    assert compat.unmovable(engine("FullAttentionSpec", speculative_config=drafting("eagle"))) is None
 
 
 @pytest.mark.parametrize(
@@ -161,7 +166,7 @@ def test_blocks_of_plain_attention_and_of_windows_move() -> None:
         (engine("FullAttentionSpec", "MambaSpec"), "MambaSpec"),
         (engine("SinkFullAttentionSpec"), "SinkFullAttentionSpec"),
         (engine("CrossAttentionSpec", "FullAttentionSpec"), "CrossAttentionSpec"),
-        (engine("FullAttentionSpec", speculative_config=object()), "speculatively"),
+        (engine("FullAttentionSpec", speculative_config=drafting("custom_class")), "somebody's own"),
         (engine("FullAttentionSpec", kv_transfer_config=object()), "connector"),
         (
             engine("FullAttentionSpec", model_config=SimpleNamespace(enable_return_routed_experts=True)),
