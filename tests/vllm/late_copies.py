@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
+
+# In which processes of vLLM's `OffloadingConnector` copies so, where an engine has several.
+LATE = "TESTS_LATE_COPIES"
+NEVER = 10**9
+offloading: Offloading | None = None
 
 
 class LateCopies:
@@ -127,3 +133,9 @@ class Offloading:
                     self._copy(job_id)
 
         CPUOffloadingSpec.get_worker = lambda self, caches: Worker(caches)
+
+
+def where_asked() -> None:
+    global offloading
+    if steps := os.environ.get(LATE):
+        offloading = Offloading(int(steps))

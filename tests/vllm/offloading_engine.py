@@ -13,11 +13,9 @@ from typing import Any
 
 from benchmarks.vllm import shapes
 from tests.vllm.engine import MiB, engine, fact, prompts, sampling
-from tests.vllm.late_copies import Offloading
+from tests.vllm.late_copies import NEVER, Offloading
 from tests.vllm.models import CACHE, LLAMA
 from tests.vllm.pressing import confine
-
-NEVER = 10**9
 
 
 class Engine:

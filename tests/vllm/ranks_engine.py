@@ -11,13 +11,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from tests.vllm import weights
-from tests.vllm.engine import engine, fact, may_sleep, tokens
+from tests.vllm import late_copies, weights
+from tests.vllm.engine import CACHE, engine, fact, may_sleep, prompts, sampling, tokens
+from tests.vllm.late_copies import LATE, NEVER
 from tests.vllm.pressing import Pressing
 from torch_elastic_mem.integrations.vllm.grower import REST
 
@@ -223,6 +224,60 @@ def sleeping(llm: Any) -> None:
     fact("tokens", together)
 
 
+def offloading(llm: Any) -> None:
+    """Blocks are copied to the host late, by each rank its part, and come back after they were dropped."""
+    on_ranks(llm, press)
+    told, found = [], []
+    for _ in range(2):
+        out = llm.generate(prompts(1, 20), sampling(12), use_tqdm=False)
+        told.append([list(each.outputs[0].token_ids) for each in out])
+        found.append(sum(each.num_cached_tokens or 0 for each in out))
+        llm.reset_prefix_cache()
+    fact("pressed", on_ranks(llm, relieve))
+    fact("tokens", told)
+    fact("found elsewhere", found)
+
+    def copy_after(steps: int) -> None:
+        def set_late(_: Any) -> None:
+            late_copies.offloading.late = steps
+
+        on_ranks(llm, set_late)
+
+    def want_all_of_one(worker: Any) -> None:
+        import torch_elastic_mem as tem
+
+        if worker.rank == 1:
+            # The null block's is not to be had: what can be given is, and goes back.
+            with suppress(tem.OutOfMemory):
+                worker.pressing.range.grow(worker.pressing.arena.capacity, timeout=1.0)
+
+    core = llm.llm_engine.engine_core.engine_core
+    copies, size = core.scheduler._copies, core.scheduler.elastic._cache.chunk_blocks
+    copy_after(NEVER)
+    llm.generate(prompts(2, 24), sampling(4), use_tqdm=False)
+    core.step_fn()  # what has just ended gets its copies
+    read = copies.blocks() - {0}
+    on_ranks(llm, want_all_of_one)
+    fact("left", [*on_ranks(llm, chunks), sorted({block // size for block in {0, *read}})])
+    copy_after(0)
+    while core.scheduler.has_requests():
+        core.step_fn()
+    on_ranks(llm, want_all_of_one)
+    fact("left when copied", on_ranks(llm, chunks))
+
+
+def options(scenario: str) -> dict[str, Any]:
+    """Of the engine, beyond what all of them have."""
+    if scenario == "sleeping":
+        return {"enable_sleep_mode": may_sleep()}
+    if scenario == "offloading":
+        os.environ[LATE] = "10"
+        extra = {"cpu_bytes_to_use": 2 * CACHE}
+        connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+        return {"kv_transfer_config": connector | {"kv_connector_extra_config": extra}}
+    return {}
+
+
 def main() -> None:
     scenario, split = sys.argv[1:]
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -231,8 +286,7 @@ def main() -> None:
     os.dup2(2, 1)
     weights.draw_in_children()
     with tempfile.TemporaryDirectory() as folder:
-        more: dict[str, Any] = {"enable_sleep_mode": may_sleep()} if scenario == "sleeping" else {}
-        llm = engine(Path(folder), "tiny", **SPLITS[split], **more)
+        llm = engine(Path(folder), "tiny", **SPLITS[split], **options(scenario))
         on_ranks(llm, prepare)
         globals()[scenario](llm)
         llm.llm_engine.engine_core.shutdown()

@@ -86,6 +86,24 @@ def test_ranks_do_not_grow_beyond_the_limit_of_one_and_grow_again_without_it(
     assert first == second > squeezed["chunk"][1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["tensor", "pipeline"])
+def test_ranks_whose_blocks_are_offloaded_late_serve_the_same_tokens(
+    split: str, request: pytest.FixtureRequest
+) -> None:
+    plain = request.getfixturevalue("plain") if split == "tensor" else facts("plain", split)
+    offloading = facts("offloading", split)
+    first, again = offloading["tokens"]
+    assert first == again == [each[: len(first[0])] for each in plain["tokens"][0]]
+    assert offloading["found elsewhere"][1] > 0, "what was dropped here came back from the connector"
+    for rank in offloading["pressed"]:
+        assert len(rank["met"]) > 3 and all(rank["met"])
+        assert rank["least"] <= rank["quarter"]
+    first, second, read = offloading["left"]
+    assert first == second == read and len(read) > 1, "what is yet to be copied stays, on every rank"
+    assert offloading["left when copied"] == [[0], [0]]
+
+
 @pytest.fixture(scope="module")
 def sleeping() -> dict[str, Any]:
     """Two ranks that sleep at both levels."""
