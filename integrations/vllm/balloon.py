@@ -74,14 +74,21 @@ class Balloon:
         chunk_blocks: neighbouring blocks that are parked together.
         resident: how many of the first chunks have memory already.
         read: numbers of the blocks that are read though nobody need hold them.
+        deferred: how many blocks come free with the steps in flight: who held them holds them no longer.
     """
 
     def __init__(
-        self, pool: Pool, chunk_blocks: int, resident: int, read: Callable[[], Collection[int]] = tuple
+        self,
+        pool: Pool,
+        chunk_blocks: int,
+        resident: int,
+        read: Callable[[], Collection[int]] = tuple,
+        deferred: Callable[[], int] = int,
     ) -> None:
         self._pool = pool
         self._size = chunk_blocks
         self._read = read
+        self._deferred = deferred
         self.num_chunks = -(-len(pool.blocks) // chunk_blocks)
         self._out: set[int] = set()
         self.parked_blocks = 0
@@ -140,9 +147,11 @@ class Balloon:
         ]
         return [-cost.chunk for cost in sorted(costs)[:count]]
 
-    def read(self) -> int:
-        """Chunks that would be given up, but are read yet."""
-        return sum(self.held(chunk) == [] for chunk in self._read_chunks())
+    def coming(self) -> int:
+        """Chunks that come free by themselves: those that are read yet, and what is deferred, at best."""
+        return sum(self.held(chunk) == [] for chunk in self._read_chunks()) + -(
+            -self._deferred() // self._size
+        )
 
     def _read_chunks(self) -> set[int]:
         return {number // self._size for number in self._read()}

@@ -1,6 +1,6 @@
 """Which releases of vLLM this integration knows, and what differs between them.
 
-Nothing else here asks for a version.
+Nothing else here asks for a version; what differs in sleep is in `compat_sleep`.
 
 Facts, each read in the release's wheel:
 
@@ -10,15 +10,18 @@ Facts, each read in the release's wheel:
 * From 0.29 the layout is chosen among those that every worker reports (`get_supported_kv_cache_layouts`);
   those whose name begins with B have the block outermost. A backend that names none takes any, it is said;
   some of MLA's flatten their cache and take only whole layers.
-* Up to 0.28 any `wake_up` restores the buffers that level 2 has saved, whether or not the weights are back,
-  and `post_kv_cache_wake_up` restores what vLLM's own allocator would have lost beside the KV cache: the V1
-  runner zeroes all of a quantized cache for it.
 * Where groups keep states, or layers have unlike precision, the runner zeroes blocks of attention when they
   are handed out (`needs_kv_cache_zeroing`); a state is not read before it is written. In other models a block
   only ever holds keys and values of one type, so what was in it is finite. Memory that comes to a cache here
   is zeros, or was the same cache's.
 * For a request a group of states takes `num_speculative_blocks` beyond those that its tokens fill, at once.
   The V2 runner's warm-up does so for as many requests as a step may have, in blocks counted from 1.
+* A kernel loads keys and values by tiles, of which a part may lie below a layer's window: it is loaded and
+  masked, though its blocks have been freed by then. 0.33's V2 runner names the null block there; others leave
+  the freed blocks' numbers in their tables. 0.33 itself can retain tokens below a window, by the same method.
+* Scales by token and head are filled with ones in all blocks when a layer first runs.
+* With a KV connector and several steps in flight, blocks of requests that end or are preempted are freed
+  when the step that may use them has ended (`deferred_frees`).
 * Of HiSparse's groups some lie in host memory, and a block of theirs is read without a reference to it.
 * Output in flight of a preempted request: up to 0.28 it is delivered, or the asynchronous scheduler discards
   as many outputs as the request counts, each of all tokens that a step made. Without a pipeline one step is
@@ -40,7 +43,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -65,6 +68,8 @@ LAYERS = {
 # The layers of which nothing is kept by a block's number but what `exchange` and `write_tables` write. Those
 # of a kind derived from these are others.
 MOVABLE = {"FullAttentionSpec", "SlidingWindowSpec"}
+# Tokens: no attention kernel that vLLM brings is known to load more at once.
+TILE = 256
 # What of a block's content is cached, or None. By the field: its property is Python, and there are thousands.
 hash_of = attrgetter("_block_hash")
 
@@ -221,6 +226,29 @@ def delivered(scheduler: Any) -> Iterator[None]:
             scheduler.waiting.prepend_request(request)
 
 
+def deferred_blocks(scheduler: Any) -> int:
+    """Blocks that nobody holds, and that come free when the steps in flight have ended."""
+    return sum(len(blocks) for _, blocks in scheduler.deferred_frees)
+
+
+def retain_tiles(scheduler: Any) -> None:
+    """Has requests hold the blocks below a window that a kernel loads with the first it needs."""
+    from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    windows: list[Any] = [each for each in managers if isinstance(each, SlidingWindowManager)]
+    for manager in windows:
+
+        def skipped(computed: int, plain: Callable[[int], int] = manager.get_num_skipped_tokens) -> int:
+            return max(0, plain(computed) - TILE)
+
+        manager.get_num_skipped_tokens = skipped
+        # What a request may hold at most, by which vLLM admits it.
+        for name in ("max_admission_blocks_per_request", "_max_admission_blocks_per_request"):
+            if (most := getattr(manager, name, None)) is not None:
+                setattr(manager, name, most + -(-TILE // manager.block_size))
+
+
 def unmovable(scheduler: Any) -> str | None:
     """Why blocks of this engine cannot move, if they cannot."""
     config = scheduler.vllm_config
@@ -311,6 +339,13 @@ def _write_rows(tables: Any, rows: Mapping[int, tuple[list[int], ...]]) -> None:
         row[: len(each)].copy_(part, non_blocking=True)
 
 
+def other_drafts(speculative: Any) -> str | None:
+    """Why an engine that drafts so cannot be served, if it cannot."""
+    if getattr(speculative, "enable_adaptive_verification", False):
+        return "adaptive verification is tuned by steps that read all of the KV cache, and not all has memory"
+    return None
+
+
 def other_ranks(parallel: Any) -> str | None:
     """Why an engine's ranks cannot be served, if they are spread in a way that is not known here."""
     if parallel.data_parallel_size > 1:
@@ -322,69 +357,35 @@ def other_ranks(parallel: Any) -> str | None:
     return None
 
 
-def other_sleep(model_config: Any) -> str | None:
-    """Why an engine cannot sleep by the arena, if it is configured to sleep in another way."""
-    backend = model_config.sleep_mode_backend
-    if backend != "cumem":
-        return f"it sleeps by a backend of its own, {backend}"
-    if getattr(model_config, "sleep_mode_offload_cudagraph", False):
-        return "what CUDA graphs work in sleeps under `tem run` only, and there of itself"
-    return None
+def require_known_layers(specs: Iterable[Any]) -> None:
+    """Refuses layers whose blocks may be read while no request holds them.
 
-
-@contextmanager
-def capturing_into(pool: tuple[int, int]) -> Iterator[None]:
-    """Within the block whatever captures CUDA graphs is given this pool of torch's to draw on.
-
-    It asks when the model is loaded, when the cache is made, or when it captures, and keeps the answer.
-    """
-    from vllm.platforms import current_platform
-
-    keeper = type(current_platform)
-    before, keeper._global_graph_pool = keeper._global_graph_pool, pool
-    try:
-        yield
-    finally:
-        # The next engine of this process may not sleep when this one does.
-        keeper._global_graph_pool = before
-
-
-@contextmanager
-def waking(worker: Any, tags: Sequence[str] | None) -> Iterator[None]:
-    """Within the block `Worker.wake_up` touches only what has memory, and restores only what was lost."""
-    aside: dict[str, Any] = {}
-    if tags is not None and "weights" not in tags:
-        for name, empty in (
-            ("_sleep_saved_buffers", {}),
-            ("_sleep_rebuild_draft_metadata_buffers", False),
-        ):
-            if hasattr(worker, name):
-                aside[name] = getattr(worker, name)
-                setattr(worker, name, empty)
-    runner = worker.model_runner
-    restores = hasattr(runner, "post_kv_cache_wake_up")
-    if restores:
-        runner.post_kv_cache_wake_up = lambda: None
-    try:
-        yield
-    finally:
-        for name, value in aside.items():
-            setattr(worker, name, value)
-        if restores:
-            del runner.post_kv_cache_wake_up
-
-
-def require_known_layers(config: Any) -> None:
-    """Refuses a configuration some of whose blocks may be read while no request holds them.
+    Args:
+        specs: what each layer, or each group of them, keeps.
 
     Raises:
-        Unsupported: it has layers of a kind that is not known here, or a part in host memory.
+        Unsupported: some are of a kind that is not known here.
     """
-    specs = [spec for group in config.kv_cache_groups for spec in layers(group.kv_cache_spec)]
-    if unknown := sorted({type(spec).__name__ for spec in specs} - LAYERS):
+    each = [layer for spec in specs for layer in layers(spec)]
+    if any(getattr(getattr(layer, "kv_quant_mode", None), "is_per_token_head", False) for layer in each):
+        raise Unsupported("its KV cache is quantized by token and head, and its scales are written whole")
+    if unknown := sorted({type(layer).__name__ for layer in each} - LAYERS):
         raise Unsupported(f"its KV cache has layers of kinds that are not known here: {', '.join(unknown)}")
+
+
+def require_on_device(config: Any) -> None:
+    """Refuses a configuration of which a part lies in host memory.
+
+    Raises:
+        Unsupported: one does.
+    """
     if any(getattr(tensor, "host_resident", False) for tensor in config.kv_cache_tensors):
         raise Unsupported("part of its KV cache lies in host memory")
+
+
+def specs(config: Any) -> list[Any]:
+    """What each group of layers keeps."""
+    return [group.kv_cache_spec for group in config.kv_cache_groups]
 
 
 def layers(spec: Any) -> list[Any]:

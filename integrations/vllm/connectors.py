@@ -19,7 +19,7 @@ Facts, each read in the wheels of the releases that `compat` knows:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,8 +71,12 @@ def _configured(transfer: Any) -> Iterator[tuple[str, str | None, Mapping[str, A
         yield each.get("kv_connector", ""), each.get("kv_connector_module_path"), options
 
 
-def require_whole_layers(transfer: Any, config: Any) -> None:
+def require_whole_layers(transfer: Any, specs: Iterable[Any]) -> None:
     """Refuses layers whose blocks a configured connector may copy after their request has left them.
+
+    Args:
+        transfer: the engine's `--kv-transfer-config`.
+        specs: what each layer, or each group of them, keeps.
 
     Raises:
         Unsupported: there are some.
@@ -80,7 +84,7 @@ def require_whole_layers(transfer: Any, config: Any) -> None:
     if transfer is None or transfer.kv_connector is None:
         return
     copying = sorted({name for name, _, _ in _configured(transfer)} & COPYING)
-    kinds = {type(spec).__name__ for group in config.kv_cache_groups for spec in layers(group.kv_cache_spec)}
+    kinds = {type(layer).__name__ for spec in specs for layer in layers(spec)}
     if copying and (others := sorted(kinds - WHOLE)):
         raise Unsupported(
             f"{copying[0]} copies blocks of {', '.join(others)} that have left the window, and their memory "

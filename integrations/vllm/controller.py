@@ -272,6 +272,9 @@ class Controller:
                 return
             self._demands.append(demand)
             self._serve_if_safe()
+        except BaseException:
+            demand.over = True
+            raise
         finally:
             self.lock.release()
         demand.over = not demand.served.wait(demand.left)
@@ -312,13 +315,13 @@ class Controller:
     def _coming(self, demand: Demand) -> int:
         """Bytes that come free by themselves, and go before those of running requests.
 
-        What is on its way to this engine, and chunks that a KV connector has yet to copy. Of two that grow at
-        once each would wait for the other, but peers as a rule do not ask so dearly, and of two classes one
-        does not.
+        What is on its way to this engine, chunks that a KV connector has yet to copy, and blocks that vLLM
+        keeps for steps in flight. Of two that grow at once each would wait for the other, but peers as a rule
+        do not ask so dearly, and of two classes one does not.
         """
         if demand.rung == PAUSE and self.grower.working:
             return demand.nbytes
-        if not (chunks := self.balloon.read()):
+        if not (chunks := self.balloon.coming()):
             return 0
         if keep := self._kept_for(demand):
             chunks = min(chunks, max(0, self.balloon.free_blocks - keep) // self._cache.chunk_blocks)

@@ -13,14 +13,16 @@ class ElasticCPUWorker(Elastic, CPUWorker):
     def determine_available_memory(self) -> int:
         """What vLLM would take for the cache, at most the account's `max`."""
         found = super().determine_available_memory()
+        if not self.keeps_what_is_known():
+            return found
         self.open_elastic_account(found)
         limit = self.elastic_account.limits.max
         return found if limit is None else min(found, limit)
 
-    def sleep(self, level: int = 1) -> None:
+    def _fall_asleep(self, level: int) -> None:
         """What the GPU worker does; vLLM has none on the CPU."""
         if self.elastic_sleep is None:
-            super().sleep(level)
+            super()._fall_asleep(level)
             return
         if level == 2:
             buffers = self.model_runner.get_model().named_buffers()

@@ -31,6 +31,8 @@ class ElasticExecutor(MultiprocExecutor):
         # No thread is started before the ranks are: they may be forked.
         self.elastic_door = line.Door()
         os.environ[line.PLACE] = str(self.elastic_door.path)
+        # Connectors ask how ranks are started, to know whether all of them answer.
+        self.parallel_config.distributed_executor_backend = "mp"
         try:
             super()._init_executor()
         except BaseException:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.utils import request_memory
 
-from torch_elastic_mem.integrations.vllm import compat
+from torch_elastic_mem.integrations.vllm import compat_sleep
 from torch_elastic_mem.integrations.vllm.worker import Elastic
 from torch_elastic_mem.torch_cuda import account_of_torch
 
@@ -35,6 +36,9 @@ class ElasticWorker(Elastic, Worker):
         something back. Here only this process's own peak is taken off.
         """
         config = self.cache_config
+        if not self.keeps_what_is_known():
+            self.requested_memory = request_memory(self.init_snapshot, config)
+            return super().determine_available_memory()
         given = config.kv_cache_memory_bytes
         _, total = torch.cuda.mem_get_info(self.device)
         config.kv_cache_memory_bytes = given or total
@@ -56,16 +60,18 @@ class ElasticWorker(Elastic, Worker):
         """As vLLM's. What graphs and kernels took meanwhile outside the arena is not the cache's any more."""
         with self.capturing():
             done = super().compile_or_warm_up_model()
+        if self.elastic_cache is None:
+            return done
         arena = self.elastic_arena
         if arena.broker is None:
             free, _ = torch.cuda.mem_get_info(self.device)
             arena.set_capacity(min(arena.capacity, free + arena.snapshot().created))
         return done
 
-    def sleep(self, level: int = 1) -> None:
+    def _fall_asleep(self, level: int) -> None:
         """As vLLM's, of which a neighbour is no part."""
         try:
-            super().sleep(level)
+            super()._fall_asleep(level)
         except AssertionError:
             # It asserts that the device has more free than before. Who waited for this memory has it already.
             if self.elastic_sleep is None or self.elastic_sleep.state() != "SUSPENDED":
@@ -73,5 +79,5 @@ class ElasticWorker(Elastic, Worker):
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """As vLLM's, as far as there is memory then."""
-        with compat.waking(self, tags):
+        with compat_sleep.waking(self, tags):
             super().wake_up(tags)

@@ -6,7 +6,7 @@ import logging
 import os
 from typing import Any
 
-from torch_elastic_mem.integrations.vllm import compat, connectors, variables
+from torch_elastic_mem.integrations.vllm import compat, compat_sleep, connectors, variables
 
 log = logging.getLogger("vllm.torch_elastic_mem")
 HERE = "torch_elastic_mem.integrations.vllm"
@@ -65,9 +65,11 @@ def choose_classes(config: Any) -> None:
     if scheduling.scheduler_cls is not None:
         raise compat.Unsupported(f"it has a scheduler class of its own, {scheduling.scheduler_cls}")
     sleeps = config.model_config.enable_sleep_mode
-    if sleeps and (reason := compat.other_sleep(config.model_config)):
+    if sleeps and (reason := compat_sleep.other_sleep(config.model_config)):
         raise compat.Unsupported(reason)
     if reason := connectors.other_connector(config.kv_transfer_config, sleeps):
+        raise compat.Unsupported(reason)
+    if reason := compat.other_drafts(config.speculative_config):
         raise compat.Unsupported(reason)
     if config.model_config.runner_type == "pooling":
         raise compat.Unsupported("a pooling model keeps no KV cache")

@@ -50,27 +50,28 @@ class Elastic(Base):
         cache = find(self.vllm_config.instance_id)
         assert cache is not None  # or it would be another class
         ahead = first_blocks(self.vllm_config, self.kv_cache_config)
-        pool = self.kv_cache_manager.block_pool
+        pool, size = self.kv_cache_manager.block_pool, cache.chunk_blocks
         self._copies = Copies(self.connector)
-        self.elastic = Controller(
-            cache,
-            Balloon(pool, cache.chunk_blocks, -(-ahead // cache.chunk_blocks), self._copies.blocks),
-            self._preempt_last,
-            self._needs,
+        compat.retain_tiles(self)
+        specs = compat.specs(self.kv_cache_config)
+        self._block_sizes = [spec.block_size for spec in specs]
+        self._states = sum(map(compat.states, specs))
+        balloon = Balloon(
+            pool, size, -(-ahead // size), self._copies.blocks, lambda: compat.deferred_blocks(self)
         )
+        # It may be asked for memory from here on.
+        self.elastic = Controller(cache, balloon, self._preempt_last, self._needs)
         if isinstance(cache, ElasticCache):
             self.elastic.mover = self._mover(cache)
         self._memory = cache
         self._low = ahead - 1
         self._high = self._low + ahead // MARGIN
-        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
-        self._block_sizes = [spec.block_size for spec in specs]
-        self._states = sum(map(compat.states, specs))
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """One step, after the pool has been given what the step may use and has lost what others want."""
         with self.elastic.lock:
-            self.elastic.before_step(self._low, self._high)
+            self.elastic.before_step(self._low + self._watermark(), self._high + self._watermark())
+            self.kv_cache_manager.watermark_blocks = self._watermark()
             with self._admissions(), compat.delivered(self):
                 output = super().schedule(*args, **kwargs)
             self.elastic.step_scheduled()
@@ -151,15 +152,22 @@ class Elastic(Base):
             waiting.append(self._states + sum(-(-tokens_ahead // size) + 1 for size in self._block_sizes))
             tokens -= request.num_tokens - request.num_computed_tokens
         running = self._running_blocks()
-        return Needs(running, running + (0 if self.running else sum(waiting[:1])), running + sum(waiting))
+        most = running + sum(waiting) + (self._watermark() if waiting else 0)
+        return Needs(running, running + (0 if self.running else sum(waiting[:1])), most)
+
+    def _watermark(self) -> int:
+        """Blocks that vLLM keeps free when it admits somebody beside others: a part of those with memory."""
+        blocks = self.kv_cache_config.num_blocks - self.elastic.balloon.parked_blocks
+        return int(self.scheduler_config.watermark * blocks)
 
     def _running_blocks(self) -> int:
         """Blocks that running requests may take in the next step."""
         lookahead = 1 + self.num_spec_tokens + self.num_lookahead_tokens
         running = sum(1 + -(-lookahead // size) for size in self._block_sizes) * len(self.running)
+        left = [request.num_tokens - request.num_computed_tokens for request in self._inflight_prefills]
+        budget = self.max_num_scheduled_tokens
         prefills = sum(
-            -(-(request.num_tokens - request.num_computed_tokens) // size)
-            for request in self._inflight_prefills
+            min(sum(-(-tokens // size) for tokens in left), -(-budget // size) + len(left))
             for size in self._block_sizes
         )
         return running + prefills

@@ -16,7 +16,7 @@ import torch
 from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
 
 from torch_elastic_mem.errors import InUseError, OutOfMemory
-from torch_elastic_mem.integrations.vllm import compat
+from torch_elastic_mem.integrations.vllm import compat_sleep
 from torch_elastic_mem.integrations.vllm.cache import close_later
 from torch_elastic_mem.stowage import Stowage
 
@@ -82,12 +82,12 @@ class Sleep(SleepModeBackend):
 
     @contextmanager
     def _loading(self) -> Iterator[None]:
-        with self.weights.allocations(), self.capturing():
+        with self.weights.allocations(), compat_sleep.lora_states_in(self.allocations), self.capturing():
             yield
 
     def capturing(self) -> AbstractContextManager[None]:
         """Graphs are captured, or made ready to be, within the block."""
-        return nullcontext() if self._pool is None else compat.capturing_into(self._pool)
+        return nullcontext() if self._pool is None else compat_sleep.capturing_into(self._pool)
 
     @property
     def bytes(self) -> int:

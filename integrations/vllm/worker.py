@@ -95,15 +95,40 @@ class Elastic(Base):
             "block after block" if cache.whole_blocks else "layer after layer",
         )
 
+    def keeps_what_is_known(self) -> bool:
+        """Whether its cache can be elastic, as far as its layers say: else vLLM sizes it as ever.
+
+        Raises:
+            Unsupported: it cannot, and is to sleep.
+        """
+        specs = list(self.get_kv_cache_spec().values())
+        try:
+            compat.require_known_layers(specs)
+            # Without its manager of hybrid caches vLLM is about to make one kind of all.
+            if not self.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+                connectors.require_whole_layers(self.vllm_config.kv_transfer_config, specs)
+        except compat.Unsupported as reason:
+            self._leave_alone(reason)
+            return False
+        return True
+
+    def _leave_alone(self, reason: compat.Unsupported) -> None:
+        if self.elastic_sleep is not None:
+            # What vLLM takes for its cache by itself would be saved with the runner's state, or stay.
+            raise compat.Unsupported(f"{reason}; such a cache does not sleep on the arena: start it without")
+        log.warning("torch_elastic_mem leaves this engine's KV cache alone: %s", reason)
+
     def _new_cache(self, kv_cache_config: Any) -> ElasticCache | None:
         """The cache, without memory; None if it cannot be elastic."""
+        specs = compat.specs(kv_cache_config)
         try:
-            compat.require_known_layers(kv_cache_config)
-            connectors.require_whole_layers(self.vllm_config.kv_transfer_config, kv_cache_config)
+            compat.require_known_layers(specs)
+            compat.require_on_device(kv_cache_config)
+            connectors.require_whole_layers(self.vllm_config.kv_transfer_config, specs)
             compat.make_block_major(kv_cache_config)
             regions = compat.regions(kv_cache_config)
         except compat.Unsupported as reason:
-            log.warning("torch_elastic_mem leaves this engine's KV cache alone: %s", reason)
+            self._leave_alone(reason)
             return None
         return ElasticCache(self.elastic_account, kv_cache_config.num_blocks, regions)
 
@@ -127,6 +152,17 @@ class Elastic(Base):
         group = None if broker is None else Group(welcome.group, welcome.members)
         self.elastic_rank = Rank(cache, caller, group)
         return cache
+
+    def sleep(self, level: int = 1) -> None:
+        """As vLLM's. One of several ranks is asked again where another did not wake up."""
+        if self.elastic_sleep is not None and self.elastic_sleep.weights.away:
+            # vLLM would save buffers of the model that have no memory.
+            self.elastic_sleep.suspend(level)
+        else:
+            self._fall_asleep(level)
+
+    def _fall_asleep(self, level: int) -> None:
+        super().sleep(level)
 
     def cool_down_elastic_account(self) -> None:
         """What is idle goes, for the engine sleeps on."""

@@ -135,6 +135,18 @@ def limited(llm: Any, cache: Any) -> None:
     fact("came in the end", came)
 
 
+def watermarked(llm: Any) -> None:
+    """VLLM is to keep a half of all blocks free beside whom it admits."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    for number, prompt in enumerate(prompts(6, 8)):
+        llm.llm_engine.add_request(str(number), prompt, sampling(24))
+    running = 0
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+        running = max(running, len(scheduler.running))
+    fact("ran at once", running)
+
+
 def few(llm: Any, meanwhile: Callable[[], None] = lambda: None) -> list[list[int]]:
     """Fourteen requests of which the last end first, after some steps three more; the tokens of all."""
     found: dict[str, list[int]] = {}
@@ -375,6 +387,8 @@ def main() -> None:
         more: dict[str, Any] = {"async_scheduling": True} if asynchronous else {}
         if scenario.startswith("sleeping"):
             more["enable_sleep_mode"] = may_sleep()
+        if scenario == "watermarked":
+            more["watermark"] = 0.5
         if scenario == "sleeping_graphs":
             more |= {
                 "enforce_eager": False,

@@ -80,6 +80,7 @@ def squeezed(llm: Any) -> None:
     """Somebody on each rank's arena, at times of their own; then on one alone, while the engine is idle."""
     core = llm.llm_engine.engine_core.engine_core
     fact("scheduler", type(core.scheduler).__name__)
+    fact("started by", on_ranks(llm, lambda worker: worker.parallel_config.distributed_executor_backend))
     fact("resident at first", on_ranks(llm, resident))
     on_ranks(llm, press)
     first = tokens(llm, 1, 20)
@@ -169,14 +170,15 @@ def sleeping(llm: Any) -> None:
     def occupy(worker: Any) -> None:
         if worker.rank == 1:
             arena = worker.elastic_arena
-            account = arena.account("neighbour", tem.PriorityClass("pressing", 10**6))
-            worker.neighbour = account.range(arena.capacity)
+            if not hasattr(worker, "neighbours"):
+                worker.neighbours = arena.account("neighbour", tem.PriorityClass("pressing", 10**6))
+            worker.neighbour = worker.neighbours.range(arena.capacity, extent="2MiB")
             worker.neighbour.grow(arena.capacity, timeout=1.0)
 
     def leave_a_chunk(worker: Any) -> None:
         if worker.rank == 1:
             worker.neighbour.shrink(worker.elastic_cache.chunk_bytes)
-            worker.elastic_arena.collect()
+            worker.neighbours.trim()
 
     def leave(worker: Any) -> None:
         if worker.rank == 1:
@@ -200,13 +202,16 @@ def sleeping(llm: Any) -> None:
     llm.sleep(level=1)
     fact("asleep", on_ranks(llm, held))
     refusals = []
-    for neighbour in (occupy, leave_a_chunk):
+
+    def wake_beside(neighbour: Callable[[Any], None]) -> None:
         on_ranks(llm, neighbour)
         try:
             llm.wake_up()
         except tem.OutOfMemory as refusal:
             refusals.append([str(refusal), on_ranks(llm, held), llm.llm_engine.is_sleeping()])
-    fact("refusals", refusals)
+
+    wake_beside(occupy)
+    wake_beside(leave_a_chunk)
     on_ranks(llm, leave)
     llm.wake_up(tags=["weights"])
     fact("with weights", [on_ranks(llm, held), llm.llm_engine.is_sleeping()])
@@ -217,6 +222,10 @@ def sleeping(llm: Any) -> None:
     on_ranks(llm, save)
     llm.sleep(level=2)
     fact("asleep at level 2", on_ranks(llm, held))
+    wake_beside(occupy)
+    wake_beside(leave_a_chunk)
+    fact("refusals", refusals)
+    on_ranks(llm, leave)
     llm.wake_up()
     on_ranks(llm, load)
     together.append(tokens(llm, 1, 8))

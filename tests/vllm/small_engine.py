@@ -30,7 +30,10 @@ class Engine:
         self.cache.ensure(range(resident))
         self.pool = pool_of(BLOCKS)
         self.read: set[int] = set()  # by a KV connector
-        self.balloon = Balloon(self.pool, 2, resident, lambda: self.read)
+        self.deferred: list[list[Any]] = []  # blocks of requests that are gone, for a step in flight
+        self.balloon = Balloon(
+            self.pool, 2, resident, lambda: self.read, lambda: sum(map(len, self.deferred))
+        )
         self.requests: list[list[Any]] = []
         self.preempted_by: list[int] = []
         self.needs = Needs(0, 0, 0)

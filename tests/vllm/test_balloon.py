@@ -107,11 +107,11 @@ def test_a_chunk_that_is_read_yet_is_not_offered_though_nobody_holds_it() -> Non
     balloon = Balloon(pool, 4, 8, lambda: read)
     take(pool, [12])
     assert 2 not in balloon.cheapest(8) and 3 not in balloon.cheapest(8)
-    assert balloon.read() == 1, "of one of the two somebody holds a block"
+    assert balloon.coming() == 1, "of one of the two somebody holds a block"
     read.add(0)
-    assert balloon.read() == 1, "the null block's chunk is not to be had"
+    assert balloon.coming() == 1, "the null block's chunk is not to be had"
     read.clear()
-    assert 2 in balloon.cheapest(8) and balloon.read() == 0
+    assert 2 in balloon.cheapest(8) and balloon.coming() == 0
 
 
 def test_a_block_that_left_the_queue_without_a_count_is_in_use() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,12 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
+from vllm.v1 import kv_cache_interface
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -226,3 +233,30 @@ def test_layouts_are_chosen_elsewhere_from_029_on() -> None:
     made = config([placed(0, BLOCKS, 1)])
     compat.make_block_major(made)
     assert compat.regions(made) == [Region(3 * PAGE * BLOCKS, PAGE, layers=3)]
+
+
+# What vLLM calls the most that a request is admitted with.
+CAPS = ("self._max_admission_blocks_per_request", "self.max_admission_blocks_per_request")
+
+
+def test_scales_that_are_written_whole_are_refused() -> None:
+    spec = SimpleNamespace(kv_quant_mode=SimpleNamespace(is_per_token_head=True))
+    with pytest.raises(compat.Unsupported, match="by token and head"):
+        compat.require_known_layers([spec])
+    assert "def is_per_token_head" in inspect.getsource(kv_cache_interface)
+
+
+def test_blocks_below_a_window_are_held_as_far_as_a_kernel_loads_with_the_first_it_needs() -> None:
+    windows, whole = object.__new__(SlidingWindowManager), object.__new__(FullAttentionManager)
+    windows.sliding_window, windows.extra_retained_tokens, windows.block_size = 128, 0, 16
+    source = inspect.getsource(SingleTypeKVCacheManager.__init__)
+    name = next(each for each in CAPS if each in source).removeprefix("self.")
+    setattr(windows, name, 40)
+    before = windows.get_num_skipped_tokens(1000)
+    managers = SimpleNamespace(single_type_managers=[whole, windows])
+    compat.retain_tiles(SimpleNamespace(kv_cache_manager=SimpleNamespace(coordinator=managers)))
+    assert before == 1000 - 127
+    assert windows.get_num_skipped_tokens(1000) == before - compat.TILE
+    assert windows.get_num_skipped_tokens(200) == 0
+    assert getattr(windows, name) == 40 + compat.TILE // 16
+    assert whole.get_num_skipped_tokens(1000) == 0

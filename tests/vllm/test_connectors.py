@@ -85,8 +85,8 @@ def layers(*kinds: str) -> Any:
         spec = getattr(kv_cache_interface, kind)(
             block_size=16, num_kv_heads=1, head_size=64, dtype=torch.float16, **window
         )
-        made.append(SimpleNamespace(kv_cache_spec=spec))
-    return SimpleNamespace(kv_cache_groups=made)
+        made.append(spec)
+    return made
 
 
 def test_blocks_that_leave_a_window_are_not_for_one_that_copies_what_nobody_holds() -> None:

@@ -169,6 +169,43 @@ def test_a_demand_waits_for_copies_of_what_nobody_holds(full: Engine) -> None:
     full.assert_sound()
 
 
+def test_nobody_is_preempted_while_what_another_had_waits_for_a_step_in_flight(
+    full: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full.hold(*range(2, 16))
+    full.hold(*range(16, BLOCKS))
+
+    def preempt() -> bool:
+        full.deferred.append(full.requests.pop())
+        return True
+
+    monkeypatch.setattr(full.controller, "_preempt", preempt)
+    demand = Demand(full, 4 * CHUNK)
+    assert demand.waits("pause")
+    full.step()
+    full.step()
+    assert (len(full.deferred), full.demands(), full.balloon.parked) == (1, ["pause"], 0)
+    full.pool.free_blocks(full.deferred.pop())
+    full.controller.reconsider()
+    assert demand.ended() is True
+    assert (len(full.requests), full.balloon.parked) == (1, 4)
+    full.assert_sound()
+
+
+def test_a_demand_that_cannot_be_looked_at_is_nobodys_afterwards(
+    full: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> Needs:
+        raise ValueError
+
+    monkeypatch.setattr(full.controller, "_needs", broken)
+    with pytest.raises(ValueError, match=""):
+        full.controller._asked("evict", CHUNK, LONG)
+    monkeypatch.undo()
+    full.step()
+    assert (full.demands(), full.balloon.parked) == ([], 0)
+
+
 def test_while_nobody_can_spare_what_is_read_a_demand_does_not_wait_for_it(full: Engine) -> None:
     full.read = set(range(2, BLOCKS))
     full.needs = Needs(BLOCKS, BLOCKS, BLOCKS)

@@ -50,6 +50,10 @@ def test_a_model_of_several_groups_of_layers_serves_the_same_tokens() -> None:
     assert squeezed["came in the end"] == 16
 
 
+def test_what_vllm_is_to_keep_free_is_a_part_of_what_has_memory_and_grows_with_it() -> None:
+    assert facts("watermarked")["ran at once"] == 8
+
+
 def test_it_starts_with_memory_for_one_step(squeezed: dict[str, Any]) -> None:
     assert 0 < squeezed["resident at first"] <= 8 * MiB
 

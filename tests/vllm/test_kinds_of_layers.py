@@ -320,4 +320,5 @@ def test_a_cache_that_may_be_read_where_nobody_holds_it_is_refused(how: str) -> 
             group.kv_cache_spec = SimpleNamespace(kv_cache_specs=specs | {"other": other})
     config = SimpleNamespace(kv_cache_groups=[group], kv_cache_tensors=[tensor])
     with pytest.raises(compat.Unsupported, match=r"CrossAttentionSpec|host memory"):
-        compat.require_known_layers(config)
+        compat.require_known_layers(compat.specs(config))
+        compat.require_on_device(config)

@@ -42,6 +42,7 @@ def config(worker: str = CPU, *, asynchronous: bool = False) -> Any:
         scheduler_config=SimpleNamespace(scheduler_cls=None, async_scheduling=asynchronous),
         model_config=SimpleNamespace(enable_sleep_mode=False, runner_type="generate"),
         kv_transfer_config=None,
+        speculative_config=None,
     )
 
 
@@ -122,6 +123,7 @@ def test_one_rank_gets_our_worker_beside_our_scheduler(
         ("model_config", sleeping("mine"), "a backend of its own, mine"),
         ("model_config", sleeping(sleep_mode_offload_cudagraph=True), "sleeps under `tem run` only"),
         ("model_config.runner_type", "pooling", "pooling"),
+        ("speculative_config", SimpleNamespace(enable_adaptive_verification=True), "adaptive verification"),
         ("kv_transfer_config", connector("NixlConnector"), "NixlConnector may register or read all"),
     ],
 )

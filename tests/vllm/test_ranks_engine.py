@@ -45,6 +45,12 @@ def test_ranks_that_are_squeezed_serve_the_same_tokens(both: tuple[dict[str, Any
     assert squeezed["tokens"] == plain["tokens"]
 
 
+def test_who_asks_how_ranks_are_started_hears_what_vllm_calls_it(
+    both: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
+    assert both[1]["started by"] == ["mp", "mp"]
+
+
 def test_each_rank_yields_to_whom_it_must_while_the_engine_is_busy(
     both: tuple[dict[str, Any], dict[str, Any]],
 ) -> None:
@@ -122,10 +128,12 @@ def test_sleeping_ranks_cost_nothing_at_either_level(sleeping: dict[str, Any]) -
 
 
 def test_if_one_rank_cannot_wake_all_sleep_on(sleeping: dict[str, Any]) -> None:
-    assert len(sleeping["refusals"]) == 2
+    assert len(sleeping["refusals"]) == 4, "of the cache and of the weights, at either level"
     for refusal, held, asleep in sleeping["refusals"]:
         assert "sleeps on: rank 1" in refusal and "neighbour holds" in refusal
         assert (held, asleep) == ([0, 0], True)
+    grown = ["so none grows" in refusal for refusal, *_ in sleeping["refusals"]]
+    assert grown == [True, False, True, False]
 
 
 def test_ranks_wake_partly_together(sleeping: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,11 @@ pytest.importorskip("vllm")
 
 from vllm.compilation import cuda_graph
 from vllm.platforms import current_platform
+from vllm.v1.worker import lora_model_runner_mixin
 from vllm.v1.worker.gpu import cudagraph_utils
 from vllm.v1.worker.gpu_worker import Worker
 
-from torch_elastic_mem.integrations.vllm import compat
+from torch_elastic_mem.integrations.vllm import compat, compat_sleep
 
 
 class Runner:
@@ -32,7 +34,7 @@ def worker(runner: Any) -> Any:
 
 def test_buffers_wait_for_the_weights() -> None:
     made = worker(SimpleNamespace())
-    with compat.waking(made, ["kv_cache"]):
+    with compat_sleep.waking(made, ["kv_cache"]):
         assert (made._sleep_saved_buffers, made._sleep_rebuild_draft_metadata_buffers) == ({}, False)
     assert (made._sleep_saved_buffers, made._sleep_rebuild_draft_metadata_buffers) == ({"a": 1}, True)
 
@@ -40,7 +42,7 @@ def test_buffers_wait_for_the_weights() -> None:
 @pytest.mark.parametrize("tags", [None, ["weights"], ["weights", "kv_cache"]])
 def test_with_the_weights_they_are_restored(tags: list[str] | None) -> None:
     made = worker(SimpleNamespace())
-    with compat.waking(made, tags):
+    with compat_sleep.waking(made, tags):
         assert made._sleep_saved_buffers == {"a": 1}
         made._sleep_saved_buffers = {}
     assert made._sleep_saved_buffers == {}
@@ -48,23 +50,44 @@ def test_with_the_weights_they_are_restored(tags: list[str] | None) -> None:
 
 def test_what_was_not_lost_beside_the_cache_is_not_restored() -> None:
     made = worker(Runner())
-    with compat.waking(made, None):
+    with compat_sleep.waking(made, None):
         assert made.model_runner.post_kv_cache_wake_up() is None
     assert made.model_runner.post_kv_cache_wake_up() == "restored"
 
 
 def test_a_refusal_leaves_what_is_to_be_restored() -> None:
     made = worker(Runner())
-    with pytest.raises(MemoryError), compat.waking(made, ["kv_cache"]):
+    with pytest.raises(MemoryError), compat_sleep.waking(made, ["kv_cache"]):
         raise MemoryError
     assert made._sleep_saved_buffers == {"a": 1}
     assert made.model_runner.post_kv_cache_wake_up() == "restored"
 
 
+def test_what_lora_keeps_lies_where_a_runners_state_does_while_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = object()
+    monkeypatch.setattr(lora_model_runner_mixin, "get_mem_allocator_instance", plain, raising=False)
+    tags: list[str] = []
+
+    def allocations(tag: str) -> Any:
+        tags.append(tag)
+        return nullcontext()
+
+    with pytest.raises(MemoryError), compat_sleep.lora_states_in(allocations):
+        allocator = lora_model_runner_mixin.get_mem_allocator_instance()
+        with allocator.use_memory_pool(tag="runtime"):
+            raise MemoryError
+    assert tags == ["runtime"] and lora_model_runner_mixin.get_mem_allocator_instance is plain
+    monkeypatch.delattr(lora_model_runner_mixin, "get_mem_allocator_instance")
+    with compat_sleep.lora_states_in(allocations):
+        assert not hasattr(lora_model_runner_mixin, "get_mem_allocator_instance")
+
+
 def test_graphs_draw_on_the_pool_that_is_given_while_they_are_captured_and_no_longer() -> None:
     keeper = type(current_platform)
     before = keeper._global_graph_pool
-    with pytest.raises(MemoryError), compat.capturing_into((0, 7)):
+    with pytest.raises(MemoryError), compat_sleep.capturing_into((0, 7)):
         assert current_platform.get_global_graph_pool() == (0, 7)
         raise MemoryError
     assert keeper._global_graph_pool == before

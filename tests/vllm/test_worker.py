@@ -1,0 +1,77 @@
+"""Our workers where the cache is not elastic, there is none, or one of several ranks sleeps already."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from vllm.v1.kv_cache_interface import CrossAttentionSpec, FullAttentionSpec
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from torch_elastic_mem.integrations.vllm import gpu_worker
+from torch_elastic_mem.integrations.vllm.compat import Unsupported
+from torch_elastic_mem.integrations.vllm.cpu_worker import ElasticCPUWorker
+from torch_elastic_mem.integrations.vllm.gpu_worker import ElasticWorker
+
+OURS = {ElasticWorker: Worker, ElasticCPUWorker: CPUWorker}
+
+
+def made(kind: type[Any], spec: type[Any] = CrossAttentionSpec, sleep: Any = None) -> Any:
+    worker = object.__new__(kind)
+    layer = spec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.float16)
+    worker.get_kv_cache_spec = lambda: {"layer": layer}
+    scheduling = SimpleNamespace(disable_hybrid_kv_cache_manager=False)
+    worker.vllm_config = SimpleNamespace(scheduler_config=scheduling, kv_transfer_config=None)
+    worker.elastic_sleep = sleep
+    return worker
+
+
+def sleeper(*, away: bool) -> Any:
+    levels: list[int] = []
+    return SimpleNamespace(weights=SimpleNamespace(away=away), suspend=levels.append, levels=levels)
+
+
+def test_an_engine_that_is_left_alone_gets_what_vllm_would_have_given_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = made(ElasticWorker)
+    worker.cache_config, worker.init_snapshot = SimpleNamespace(gpu_memory_utilization=0.5), object()
+    monkeypatch.setattr(gpu_worker, "request_memory", lambda *what: what)
+    monkeypatch.setattr(Worker, "determine_available_memory", lambda self: self.requested_memory)
+    assert worker.determine_available_memory() == (worker.init_snapshot, worker.cache_config)
+
+
+def test_on_the_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CPUWorker, "determine_available_memory", lambda self: 7)
+    assert made(ElasticCPUWorker).determine_available_memory() == 7
+
+
+def test_layers_that_are_known_are_served() -> None:
+    assert made(ElasticWorker, FullAttentionSpec).keeps_what_is_known()
+    assert not made(ElasticWorker).keeps_what_is_known()
+
+
+def test_a_cache_that_would_not_sleep_is_an_error_of_an_engine_that_is_to() -> None:
+    with pytest.raises(Unsupported, match=r"CrossAttentionSpec; such a cache does not sleep"):
+        made(ElasticWorker, sleep=sleeper(away=False)).keeps_what_is_known()
+
+
+def test_an_engine_without_a_cache_warms_up_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: 1.5)
+    assert made(ElasticWorker).compile_or_warm_up_model() == 1.5
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_where_the_weights_are_away_no_buffer_of_theirs_is_read_to_fall_asleep(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = made(kind, sleep=sleeper(away=True))
+    monkeypatch.setattr(OURS[kind], "sleep", lambda *_: pytest.fail("it saves buffers"), raising=False)
+    worker.sleep(2)
+    assert worker.elastic_sleep.levels == [2]
