@@ -7,6 +7,7 @@ import os
 import pytest
 
 from tests.broker.world import Account, Player, World
+from torch_elastic_mem.broker import basket
 from torch_elastic_mem.broker.basket import MOST_DESCRIPTORS
 from torch_elastic_mem.broker.descriptor import Descriptor
 from torch_elastic_mem.broker.protocol import HOST, PASS_ON, Grant, Pass, Passed, ProtocolError, Withdraw
@@ -20,9 +21,9 @@ def are_open(numbers: list[int]) -> list[bool]:
     return [os.path.exists(f"/proc/self/fd/{number}") for number in numbers]
 
 
-def pass_on(account: Account, bytes: int, numbers: list[int]) -> None:
+def pass_on(account: Account, bytes: int, numbers: list[int], ask: int) -> None:
     descriptors = tuple(map(Descriptor, numbers))
-    account.player.say(Pass(account.number, len(numbers), bytes, descriptors))
+    account.player.say(Pass(account.number, len(numbers), bytes, descriptors), ask)
 
 
 def passed(player: Player) -> list[tuple[int, int]]:
@@ -47,7 +48,7 @@ def test_what_a_victim_passes_on_comes_before_the_grant_of_its_bytes() -> None:
     world = World()
     training, serving, number, ask = asked(world)
     numbers = some(3)
-    pass_on(training, 10, numbers)
+    pass_on(training, 10, numbers, ask)
     assert are_open(numbers) == [True] * 3
     training.give(ask, 30)
     kinds = [type(message) for at, message in serving.player.inbox if at == number]
@@ -69,7 +70,7 @@ def test_nobody_gets_what_another_user_has_passed_on() -> None:
     world = World()
     training, serving, number, ask = asked(world, uid=1000)
     numbers = some(1)
-    pass_on(training, 10, numbers)
+    pass_on(training, 10, numbers, ask)
     training.give(ask, 30)
     assert serving.granted(number) == 30
     assert passed(serving.player) == []
@@ -81,7 +82,7 @@ def test_what_is_passed_on_to_nobody_goes_to_the_device() -> None:
     training = world.player().open("training")
     training.get(100)
     numbers = some(2)
-    pass_on(training, 10, numbers)
+    pass_on(training, 10, numbers, 99)
     training.give(99, 20)
     assert are_open(numbers) == [False] * 2
     assert world.device().free == 20
@@ -91,7 +92,7 @@ def test_it_waits_with_the_demand_and_is_never_more_than_what_is_free() -> None:
     world = World()
     training, serving, number, ask = asked(world)
     numbers = some(2)
-    pass_on(training, 10, numbers)
+    pass_on(training, 10, numbers, ask)
     training.give(ask, 20, last=False)
     assert serving.waits(number)
     assert are_open(numbers) == [True] * 2
@@ -106,7 +107,7 @@ def test_what_a_demand_does_not_take_any_more_goes_to_the_device() -> None:
     world = World()
     training, serving, number, ask = asked(world)
     numbers = some(2)
-    pass_on(training, 10, numbers)
+    pass_on(training, 10, numbers, ask)
     training.give(ask, 20, last=False)
     serving.player.say(Withdraw(), number)
     assert are_open(numbers) == [False] * 2
@@ -115,9 +116,9 @@ def test_what_a_demand_does_not_take_any_more_goes_to_the_device() -> None:
 @pytest.mark.parametrize("end", ["lose", "leave"])
 def test_what_is_offered_and_not_given_goes_with_the_connection(end: str) -> None:
     world = World()
-    training, _, _, _ = asked(world)
+    training, _, _, ask = asked(world)
     numbers = some(2)
-    pass_on(training, 10, numbers)
+    pass_on(training, 10, numbers, ask)
     getattr(training.player, end)()
     assert are_open(numbers) == [False] * 2
 
@@ -126,7 +127,7 @@ def test_extents_that_do_not_fit_a_grant_stay_with_the_device() -> None:
     world = World()
     training, serving, number, ask = asked(world)
     numbers = some(2)
-    pass_on(training, 20, numbers)
+    pass_on(training, 20, numbers, ask)
     training.give(ask, 40)
     assert serving.granted(number) == 30
     assert passed(serving.player) == [(20, 1)]
@@ -135,11 +136,60 @@ def test_extents_that_do_not_fit_a_grant_stay_with_the_device() -> None:
 
 def test_who_passes_on_without_end_is_not_listened_to() -> None:
     world = World()
-    training, _, _, _ = asked(world)
+    training, _, _, ask = asked(world)
     numbers = some(MOST_DESCRIPTORS + 1)
     with pytest.raises(ProtocolError, match="more than 253"):
-        pass_on(training, 1, numbers)
+        pass_on(training, 1, numbers, ask)
     assert not any(are_open(numbers))
+
+
+def test_an_extent_has_bytes() -> None:
+    world = World()
+    training, _, _, ask = asked(world)
+    numbers = some(2)
+    with pytest.raises(ProtocolError, match="no bytes"):
+        pass_on(training, 0, numbers, ask)
+    assert are_open(numbers) == [False] * 2
+
+
+def test_what_is_more_than_the_bytes_that_are_given_goes_to_the_device() -> None:
+    world = World()
+    training, serving, number, ask = asked(world)
+    training.give(ask, 10, last=False)
+    numbers = some(2)
+    pass_on(training, 10, numbers, ask)
+    training.give(ask, 15, last=False)
+    assert serving.waits(number)
+    assert are_open(numbers) == [True, False]
+
+
+def test_what_is_offered_waits_for_the_answer_of_its_number() -> None:
+    world = World()
+    training, serving, number, ask = asked(world)
+    numbers = some(3)
+    pass_on(training, 10, numbers, ask)
+    training.give(99, 0)
+    assert are_open(numbers) == [True] * 3
+    training.give(ask, 30)
+    assert serving.granted(number) == 30
+    assert passed(serving.player) == [(10, 3)]
+
+
+def test_no_more_extents_are_kept_than_a_few_demands_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(basket, "MOST_KEPT", 150)
+    world = World(1000)
+    training, serving = world.player().open("training"), world.player().open("serving", 100)
+    training.get(1000)
+    number = serving.demand(1000)
+    ((ask, _, _),) = training.asks()
+    numbers = [some(100) for _ in range(3)]
+    for each in numbers:
+        pass_on(training, 1, each, ask)
+        training.give(ask, 100, last=False)
+    assert serving.waits(number)
+    # Whose extents are the oldest has no say over what others pass on.
+    assert are_open(numbers[0] + numbers[1]) == [False] * 150 + [True] * 50
+    assert are_open(numbers[2]) == [True] * 100
 
 
 def test_an_account_of_another_connection_is_no_ones_to_pass_on() -> None:
@@ -154,7 +204,7 @@ def test_an_account_of_another_connection_is_no_ones_to_pass_on() -> None:
 def test_what_is_between_two_holders_is_not_outside_memory() -> None:
     world = World()
     training, serving, number, ask = asked(world)
-    pass_on(training, 10, some(2))
+    pass_on(training, 10, some(2), ask)
     training.give(ask, 20, last=False)
     world.look(HOST, 100, 100)
     assert world.device().outside == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -116,6 +117,72 @@ def test_a_process_that_comes_back_has_its_account_though_its_last_words_are_not
             assert isinstance(again.wait(hello), Welcome)
             back = again.open("a", lease=40 * MiB)
             assert again.get(back, 60 * MiB) == 60 * MiB
+
+
+def test_what_a_process_said_before_its_end_is_heard_though_it_left_an_answer_unread(
+    stopped: Service,
+) -> None:
+    # So that a process can end while the broker has a message of it in hand.
+    stopped.before = (
+        "import time; from torch_elastic_mem.broker.server import Server; hear = Server._hear; "
+        "Server._hear = lambda *heard: (time.sleep(0.2), hear(*heard)); "
+    )
+    service = stopped.start()
+    with service.tenant() as tenant, service.tenant() as other:
+        account = tenant.open("a")
+        tenant.get(account, 60 * MiB)
+        tenant.send(SetLimits(account, Limits(0)))
+        assert select.select([tenant.socket], [], [], LONG)[0], "there is an answer"
+        kept = other.open("b")
+        tenant.send(Withdraw())
+        time.sleep(0.1)
+        tenant.bye()
+        assert other.get(kept, 100 * MiB, rung=FREE_ONLY) == 100 * MiB
+
+
+def test_who_cannot_be_asked_any_more_is_heard_out(service: Service) -> None:
+    with service.tenant() as low, service.tenant() as high:
+        training, serving = low.open("training", 0), high.open("serving", 100)
+        low.get(training, 100 * MiB)
+        os.kill(service.pid, signal.SIGSTOP)
+        try:
+            number = high.demand(serving, 100 * MiB, timeout=SOON)
+            low.bye()
+        finally:
+            os.kill(service.pid, signal.SIGCONT)
+        assert high.granted(number) == 100 * MiB
+
+
+def test_who_has_not_read_its_answers_is_heard_out(service: Service) -> None:
+    with service.tenant() as deaf, service.tenant() as other:
+        account, kept = deaf.open("deaf"), other.open("other")
+        deaf.get(account, 60 * MiB)
+        # More than its socket takes, and fewer than the broker keeps.
+        for _ in range(900):
+            deaf.demand(account, 1 << 40)
+        other.get(kept, MiB)
+        os.kill(service.pid, signal.SIGSTOP)
+        try:
+            deaf.bye()
+        finally:
+            os.kill(service.pid, signal.SIGCONT)
+        assert other.get(kept, 99 * MiB) == 99 * MiB
+
+
+def test_an_answer_that_the_kernel_had_no_memory_for_is_sent_later(stopped: Service) -> None:
+    stopped.before = """
+import errno, socket
+send, errors = socket.socket.send, [errno.ENOBUFS, errno.EAGAIN, errno.ENOBUFS, errno.ENOBUFS]
+def lacking(self, data):
+    if data[2] == 35 and errors:
+        raise OSError(errors.pop(), "of a test")
+    return send(self, data)
+socket.socket.send = lacking
+"""
+    with stopped.start().tenant() as tenant:
+        account = tenant.open("a")
+        assert isinstance(tenant.ask(SetLimits(account, Limits(0)), Done), Done)
+        assert tenant.get(account, MiB) == MiB
 
 
 def test_a_stopped_process_is_a_debtor_and_others_are_served(service: Service) -> None:

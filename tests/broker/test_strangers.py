@@ -21,6 +21,8 @@ from torch_elastic_mem.broker.protocol import (
     HOST,
     Demand,
     Denied,
+    Done,
+    Gave,
     Hello,
     Limits,
     Open,
@@ -29,6 +31,7 @@ from torch_elastic_mem.broker.protocol import (
     Refused,
     Report,
     Return,
+    SetLimits,
     Welcome,
     decode,
     encode,
@@ -114,6 +117,24 @@ def test_descriptors_that_nobody_asked_for_are_closed(service: Service) -> None:
         assert good.get(account, MiB) == MiB
 
 
+def test_nobody_makes_the_broker_keep_descriptors_without_bytes(service: Service) -> None:
+    with service.tenant() as good, service.tenant() as bad:
+        account, other = good.open("good", 100), bad.open("bad", 0)
+        good.get(account, 90 * MiB)
+        bad.get(other, MiB)
+        # It would be kept for one that waits, as far as there is free memory.
+        bad.demand(other, 20 * MiB, timeout=LONG)
+        before = len(os.listdir(f"/proc/{service.pid}/fd"))
+        for number in range(100, 120):
+            socket.send_fds(bad.socket, [encode(number, Pass(other, 50, 1))], [0] * 50)
+            bad.send(Gave(other, 0, 0, 0), number)
+        bad.ask(SetLimits(other, Limits(0)), Done)
+        assert len(os.listdir(f"/proc/{service.pid}/fd")) == before
+        socket.send_fds(bad.socket, [encode(1, Pass(other, 50, 0))], [0] * 50)
+        assert ended(bad)
+        assert any("no bytes" in str(line["message"]) for line in service.lines())
+
+
 def test_a_connection_begins_with_hello(service: Service) -> None:
     tenant = Tenant(service.path, hello=False)
     tenant.send(Demand(1, 0, 1, 1, 1))
@@ -194,6 +215,47 @@ def test_a_client_of_another_user_is_let_in_by_the_operator_alone_and_may_what_t
     assert isinstance(welcome, Welcome) and isinstance(opened, Opened)
     assert isinstance(refused, Refused) and refused.kind == 5
     assert "user 65534 may ask for at most 100" in refused.reason
+
+
+CHANGES = """
+import contextlib, os, socket, sys, time
+def come(tries):
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect(sys.argv[1])
+    with contextlib.suppress(BrokenPipeError):  # it has been refused already
+        connection.send(bytes.fromhex(sys.argv[2]))
+    try:
+        answer = connection.recv(4096)[2]
+    except ConnectionResetError:  # told once, before the answer: HELLO was not read
+        answer = connection.recv(4096)[2]
+    # The end of the one before may not have been heard yet.
+    if answer == 33 and tries:
+        time.sleep(0.1)
+        return come(tries - 1)
+    print(answer)
+    return connection
+first = come(0)
+os.seteuid(65534)
+for _ in range(3):
+    come(50).close()
+second = come(50)
+come(0)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_process_that_becomes_another_users_counts_for_the_one_that_it_came_as() -> None:
+    hello = encode(1, Hello(HOST, "host", "", "", 1, 1)).hex()
+    grants = "[[grant]]\nuid = 0\nconnections = 2\n[[grant]]\nuid = 65534\nconnections = 1\n"
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(Service(Path(folder))) as service:
+        os.chmod(folder, 0o755)
+        service.config.write_text(grants)
+        service.start()
+        os.chmod(service.directory, 0o755)
+        os.chmod(service.path, 0o666)
+        changes = [sys.executable, "-c", CHANGES, str(service.path), hello]
+        came = subprocess.run(changes, capture_output=True, text=True, check=True)
+    assert list(map(int, came.stdout.split())) == [Welcome.TYPE] * 5 + [Refused.TYPE]
 
 
 def test_a_broker_without_descriptors_serves_those_it_has(stopped: Service) -> None:

@@ -14,6 +14,9 @@ from torch_elastic_mem.broker.session import Session
 
 # With one message; the kernel takes no more.
 MOST_DESCRIPTORS = 253
+# In a basket. A demand takes no more than come with one message, and few wait at a time. Bytes alone bound
+# nothing: an extent may say that it has one, and costs a descriptor of the broker's.
+MOST_KEPT = 4 * MOST_DESCRIPTORS
 
 
 class Extent(NamedTuple):
@@ -35,28 +38,38 @@ class Basket:
     """
 
     def __init__(self) -> None:
-        self._offered: dict[Session, list[Extent]] = {}
+        # With the number of the answer to come.
+        self._offered: dict[Session, list[tuple[int, Extent]]] = {}
         self._extents: deque[Extent] = deque()
         self.bytes = 0
 
-    def offer(self, session: Session, message: Pass) -> None:
+    def offer(self, session: Session, request: int, message: Pass) -> None:
         """Keeps what a process passes on until it gives the bytes.
 
         Raises:
-            ProtocolError: it passes on more than one answer may.
+            ProtocolError: it passes on more than one answer may, or extents of no bytes.
         """
+        if not message.bytes:
+            raise ProtocolError("extents of no bytes passed on")
         offered = self._offered.setdefault(session, [])
         uid = session.process.uid
-        offered += [Extent(message.bytes, descriptor, uid) for descriptor in message.descriptors]
+        offered += [(request, Extent(message.bytes, each, uid)) for each in message.descriptors]
         if len(offered) > MOST_DESCRIPTORS:
             del self._offered[session]
             raise ProtocolError(f"more than {MOST_DESCRIPTORS} extents passed on at once")
 
-    def accept(self, session: Session) -> None:
-        """The bytes have been given: what was offered with them is in it now."""
-        for extent in self._offered.pop(session, ()):
-            self._extents.append(extent)
-            self.bytes += extent.bytes
+    def accept(self, session: Session, request: int, bytes: int) -> None:
+        """So much has been given: what was offered with it is in it now. What is more goes to the device."""
+        offered = self._offered.pop(session, [])
+        if others := [each for each in offered if each[0] != request]:
+            self._offered[session] = others
+        for number, extent in offered:
+            if number == request and extent.bytes <= bytes:
+                bytes -= extent.bytes
+                self._extents.append(extent)
+                self.bytes += extent.bytes
+        while len(self._extents) > MOST_KEPT:
+            self.bytes -= self._extents.popleft().bytes
 
     def forget(self, session: Session) -> None:
         """The connection has ended; what it offered goes to the device."""

@@ -210,14 +210,14 @@ class Books:
         self.asks.returned(holder, message.bytes, now)
         self.settle(now)
 
-    def pass_on(self, session: Session, message: Pass) -> None:
+    def pass_on(self, session: Session, request: int, message: Pass) -> None:
         """Takes memory that is passed on with the GAVE to come.
 
         Raises:
-            ProtocolError: it is too much at once.
+            ProtocolError: it is too much at once, or nothing.
         """
         self._of(session, message.account)
-        self._basket.offer(session, message)
+        self._basket.offer(session, request, message)
 
     def gave(self, session: Session, request: int, message: Gave, now: float) -> None:
         """Takes an answer to an ASK.
@@ -229,7 +229,7 @@ class Books:
             return  # the ASK crossed its CLOSE
         holder = self._of(session, message.account)
         self._discharge(holder, message.bytes)
-        self._basket.accept(session)
+        self._basket.accept(session, request, message.bytes)
         last = bool(message.flags & LAST)
         self.asks.answer(request, holder, message.bytes, message.coming, last, now)
         self.settle(now)

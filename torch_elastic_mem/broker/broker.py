@@ -7,9 +7,6 @@ import math
 import os
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
-
-import msgspec
 
 from torch_elastic_mem.broker.books import Books
 from torch_elastic_mem.broker.config import Config, LimitsConfig, memory_of_the_machine
@@ -38,7 +35,7 @@ from torch_elastic_mem.broker.protocol import (
     Welcome,
     Withdraw,
 )
-from torch_elastic_mem.broker.rules import kind_of, limits_rule
+from torch_elastic_mem.broker.rules import kind_of, limits_rule, with_rule
 from torch_elastic_mem.broker.session import Letter, Process, Session
 from torch_elastic_mem.broker.state import Event, MachineState
 from torch_elastic_mem.broker.tills import Tills
@@ -250,7 +247,7 @@ class Broker:
                 case Return():
                     books.give_back(session, message, now)
                 case Pass():
-                    books.pass_on(session, message)
+                    books.pass_on(session, request, message)
                 case Gave():
                     books.gave(session, request, message, now)
                 case Report():
@@ -336,6 +333,7 @@ class Broker:
             if finished(now):
                 self._waiters.remove((finished, answered))
                 answered.set()
+        self._forget_devices()
 
     def _books_of(self, message: Hello) -> Books:
         found = self.books.get(message.device)
@@ -353,6 +351,15 @@ class Broker:
         if reading is not None:
             books.look(reading, self.clock())
         return self.books.setdefault(message.device, books)
+
+    def _forget_devices(self) -> None:
+        """Those of which only processes have told go with the last of them: every turn looks at each."""
+        for uuid, books in list(self.books.items()):
+            told = uuid != HOST and uuid not in self._config.device and books.device.used is None
+            unused = told and not books.accounts.holders and books not in self._sessions.values()
+            # Who waits for an operator's order asks the books.
+            if unused and not self._waiters:
+                del self.books[uuid]
 
     def _called(self, device: str | None, name: str) -> list[tuple[Books, list[Holder]]]:
         """The accounts that an operator means, by device.
@@ -378,10 +385,7 @@ class Broker:
         now = self.clock()
         found = self._called(rule.device, rule.name)
         before = self._set
-        same = [each for each in before if (each.name, each.device) == (rule.name, rule.device)]
-        for each in same:
-            rule = msgspec.structs.replace(each, **_given(rule))
-        self._set = [*(each for each in before if each not in same), rule]
+        self._set = with_rule(before, rule)
         self._rules[:] = [*self._config.limits, *self._set]
         try:
             changed = sum(books.enforce(now) for books, _ in found)
@@ -393,8 +397,3 @@ class Broker:
             raise
         self._turn(now)
         return changed
-
-
-def _given(rule: LimitsConfig) -> dict[str, Any]:
-    """What a rule says."""
-    return {name: value for name, value in msgspec.structs.asdict(rule).items() if value is not None}

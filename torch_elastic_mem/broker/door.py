@@ -157,30 +157,33 @@ class Door(Generic[C]):
         connected.setblocking(False)
         pid, uid = credentials(connected)
         try:
+            seat = self._seats.get((pid, start_tick(pid)))
+            if seat is not None:
+                # It may have become another user's since.
+                uid = seat.process.uid
             most = self._house.most(uid)
             if self._counts.get(uid, 0) >= most:
                 raise BrokerError(
                     f"user {uid} has {most} connections already, as many as it may; close some, or have the "
                     f"operator allow more in a [[grant]]"
                 )
-            try:
+            if seat is None:
                 seat = self._seat(pid, uid)
-                connection = self._house.welcome(connected, seat)
-            except OSError as error:
-                raise BrokerError(f"process {pid} cannot be watched: {error}") from None
-        except BrokerError as error:
+            connection = self._house.welcome(connected, seat)
+        except OSError as error:
+            reason = (
+                str(error) if isinstance(error, BrokerError) else f"process {pid} cannot be watched: {error}"
+            )
             with contextlib.suppress(OSError):
-                self._house.refuse(connected, str(error))
+                self._house.refuse(connected, reason)
             connected.close()
             return
         seat.connections.add(connection)
         self._counts[uid] = self._counts.get(uid, 0) + 1
 
     def _seat(self, pid: int, uid: int) -> Seat[C]:
-        seat = self._seats.get((pid, start_tick(pid)))
-        if seat is None:
-            process, descriptor = identify(pid, uid)
-            seat = self._seats[pid, process.start] = Seat(process, descriptor)
-            self._loop.add_reader(descriptor, self._house.bury, seat)
-            self._changed(process, True)
+        process, descriptor = identify(pid, uid)
+        seat = self._seats[pid, process.start] = Seat(process, descriptor)
+        self._loop.add_reader(descriptor, self._house.bury, seat)
+        self._changed(process, True)
         return seat

@@ -158,7 +158,7 @@ class Report(Message, frozen=True, gc=False):
 
 
 class Pass(Message, frozen=True, gc=False):
-    """Memory to be passed on with what the next GAVE returns: `count` extents of `bytes` each.
+    """Memory to be passed on with what the GAVE of its number returns: `count` extents of `bytes` each.
 
     Their descriptors travel beside the message.
     """

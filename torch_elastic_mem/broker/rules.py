@@ -62,6 +62,18 @@ def limits_rule(name: str, device: str | None, limits: Mapping[str, object]) -> 
         raise InvalidArgument(str(error)) from None
 
 
+def with_rule(rules: Iterable[LimitsConfig], rule: LimitsConfig) -> list[LimitsConfig]:
+    """Rules and another. What it does not say stays as an earlier one of the same accounts has it."""
+    others = []
+    for each in rules:
+        if (each.name, each.device) == (rule.name, rule.device):
+            given = {name: value for name, value in msgspec.structs.asdict(rule).items() if value is not None}
+            rule = msgspec.structs.replace(each, **given)
+        else:
+            others.append(each)
+    return [*others, rule]
+
+
 def for_ledger(limits: Limits) -> _C.Limits:
     """Limits as the ledger takes them."""
     high = None if limits.high == UNLIMITED else limits.high

@@ -190,15 +190,19 @@ class Server:
     @staticmethod
     def _receive(connection: Connection) -> tuple[bytes, list[int]] | None:
         """The next message and its descriptors; nothing at the end of the connection. None: none yet."""
-        try:
-            data, descriptors, _, _ = socket.recv_fds(
-                connection.socket, MAX_MESSAGE + 1, MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
-            )
-        except BlockingIOError:
-            return None
-        except OSError:
-            return b"", []
-        return data, descriptors
+        for _ in range(2):
+            try:
+                data, descriptors, _, _ = socket.recv_fds(
+                    connection.socket, MAX_MESSAGE + 1, MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                return None
+            except ConnectionResetError:
+                continue  # told once, before what was sent: the other end closed with something unread
+            except OSError:
+                break
+            return data, descriptors
+        return b"", []
 
     def _take(self, connection: Connection, data: bytes, numbers: list[int]) -> bool:
         """Does what one message says. False: the connection has ended."""
@@ -294,13 +298,7 @@ class Server:
             if len(connection.unread) > MOST_UNREAD:
                 self._drop(connection, f"it has not read {MOST_UNREAD} messages")
             return
-        try:
-            connection.socket.send(data)
-        except OSError as error:
-            # ENOBUFS passes, as a full socket does; every other error is the end of the connection.
-            if not isinstance(error, BlockingIOError) and error.errno != errno.ENOBUFS:
-                self._drop(connection, None)
-                return
+        if not self._say(connection, data):
             connection.unread.append(data)
             self._teller.mute(connection.number, True)
             self._loop.add_writer(connection.socket, self._write, connection)
@@ -308,16 +306,22 @@ class Server:
     def _write(self, connection: Connection) -> None:
         with self.turn():
             while connection.unread:
-                try:
-                    connection.socket.send(connection.unread[0])
-                except BlockingIOError:
-                    return
-                except OSError:
-                    self._drop(connection, None)
+                if not self._say(connection, connection.unread[0]):
                     return
                 connection.unread.popleft()
             self._loop.remove_writer(connection.socket)
             self._teller.mute(connection.number, False)
+
+    @staticmethod
+    def _say(connection: Connection, data: bytes) -> bool:
+        """Sends a message, which nobody hears where the process has ended. False: later."""
+        try:
+            connection.socket.send(data)
+        except OSError as error:
+            # ENOBUFS passes, as a full socket does. Every other error is the end of the connection, and who
+            # reads it comes to that behind all that the process has said.
+            return not isinstance(error, BlockingIOError) and error.errno != errno.ENOBUFS
+        return True
 
     # Going.
 
