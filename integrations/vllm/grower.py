@@ -168,7 +168,8 @@ class Grower:
         got = []
         for chunk in chunks if len(chunks) > 1 else ():
             try:
-                self._memory.ensure([chunk], rung, timeout)
+                # Who could yield has been waited for: what they gave is free. Others wait for this to end.
+                self._memory.ensure([chunk], rung, BRIEF)
             except TemError:
                 break
             got.append(chunk)

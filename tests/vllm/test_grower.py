@@ -87,8 +87,9 @@ def test_what_is_cheap_is_not_waited_for_so_that_who_becomes_short_may_ask_soon(
     settled(grower)
     grower.ask([2, 3], short=True)
     settled(grower)
-    brief, whole = (WARM, BRIEF), (SHORT, None)
-    assert memory.asked == [brief, brief, brief, whole, whole]
+    brief = (WARM, BRIEF)
+    # What is left once all has been waited for comes at once.
+    assert memory.asked == [brief, brief, brief, (SHORT, None), (SHORT, BRIEF)]
 
 
 def test_a_refusal_of_what_is_cheap_does_not_keep_who_is_short_from_asking(
