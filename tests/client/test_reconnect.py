@@ -25,6 +25,7 @@ from torch_elastic_mem.broker.protocol import (
     Demand,
     Grant,
     Hello,
+    Message,
     Open,
     Refused,
     encode,
@@ -385,12 +386,15 @@ def test_an_account_that_a_new_broker_refuses_keeps_what_it_has_and_says_why(
     memory = account.range("128MiB")
     memory.grow("8MiB")
     broker.close()
-    strict = Scripted(tmp_path, epoch=2)
+
+    class Strict(Scripted):
+        def _book(self, number: int, message: Message) -> Message | bytes | None:
+            if isinstance(message, Open):
+                return Refused(5, "user 1 may not")
+            return super()._book(number, message)
+
+    strict = Strict(tmp_path, epoch=2)
     successor.append(strict)
-    book = strict._book
-    strict._book = lambda number, message: (  # type: ignore[method-assign]
-        Refused(5, "user 1 may not") if isinstance(message, Open) else book(number, message)
-    )
     strict.await_count(Hello, 1)
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
