@@ -20,7 +20,6 @@ MiB = 1 << 20
 CACHE = 64 * MiB
 BLOCK = 32
 
-
 # What vLLM prints, by print and by its logger, must not come between the facts.
 FACTS = os.fdopen(os.dup(1), "w")
 
@@ -136,15 +135,14 @@ def limited(llm: Any, cache: Any) -> None:
 
 
 def watermarked(llm: Any) -> None:
-    """VLLM is to keep a half of all blocks free beside whom it admits."""
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    """A half of all blocks is to be kept free beside whom vLLM admits."""
     for number, prompt in enumerate(prompts(6, 8)):
         llm.llm_engine.add_request(str(number), prompt, sampling(24))
-    running = 0
+    running = [0]
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
-        running = max(running, len(scheduler.running))
-    fact("ran at once", running)
+        running.append(len(llm.llm_engine.engine_core.engine_core.scheduler.running))
+    fact("ran at once", max(running))
 
 
 def few(llm: Any, meanwhile: Callable[[], None] = lambda: None) -> list[list[int]]:
@@ -387,8 +385,7 @@ def main() -> None:
         more: dict[str, Any] = {"async_scheduling": True} if asynchronous else {}
         if scenario.startswith("sleeping"):
             more["enable_sleep_mode"] = may_sleep()
-        if scenario == "watermarked":
-            more["watermark"] = 0.5
+        more |= {"watermark": 0.5} if scenario == "watermarked" else {}
         if scenario == "sleeping_graphs":
             more |= {
                 "enforce_eager": False,

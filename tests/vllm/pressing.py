@@ -51,7 +51,7 @@ class Pressing:
         while not self._done.wait(0.05):
             wanted = int(next(parts) * self.arena.capacity) // (2 * MiB) * 2 * MiB
             try:
-                with self.account.reserve(wanted, timeout=5.0, rung=self._rung):
+                with self.account.reserve(wanted, timeout=30.0, rung=self._rung):
                     self.range.grow(wanted)
             except tem.OutOfMemory:
                 self.met.append(False)
