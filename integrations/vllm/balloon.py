@@ -149,9 +149,8 @@ class Balloon:
 
     def coming(self) -> int:
         """Chunks that come free by themselves: those that are read yet, and what is deferred, at best."""
-        return sum(self.held(chunk) == [] for chunk in self._read_chunks()) + -(
-            -self._deferred() // self._size
-        )
+        read = sum(self.held(chunk) == [] for chunk in self._read_chunks())
+        return read + -(-self._deferred() // self._size)
 
     def _read_chunks(self) -> set[int]:
         return {number // self._size for number in self._read()}
