@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 import torch_elastic_mem as tem
-from tests.arena.watch import EXTENT, MiB, assert_balanced, books, comes_true, filled, kept_idle
+from tests.arena.watch import EXTENT, Completion, MiB, assert_balanced, books, comes_true, filled, kept_idle
 from tests.rungs import FakeRung, Stream
 from torch_elastic_mem import _C
 from torch_elastic_mem.elastic_range import ElasticRange
@@ -274,16 +272,14 @@ def test_a_memset_that_was_queued_before_another_failed_still_finds_its_memory(r
         stream = rung.stream()
         stream.submit()
         rung.fail_nth(n, UNKNOWN)
-        timer = threading.Timer(0.03, stream.complete)
-        timer.start()
-        start = time.monotonic()
+        completion = Completion(stream, 0.03)
         try:
             stripes.ensure([0], stream.handle, 0.5)
         except DriverError as error:
-            second_failed = second_failed or ("Memset" in str(error) and time.monotonic() - start > 0.02)
+            second_failed = second_failed or ("Memset" in str(error) and completion.begun.is_set())
             assert account.held == 0
         rung.fail_nth(0)
-        timer.join()
+        completion.join()
         stripes.ensure([0], 0, 0.1)
         assert rung.read(stripes.base(0), 64) == rung.read(stripes.base(1), 64) == bytes(64)
     assert second_failed

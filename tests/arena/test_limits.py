@@ -192,9 +192,7 @@ def test_wait_ends_when_there_is_room(rung: Rung) -> None:
     first, second = arena.account("first"), arena.account("second")
     memory = filled(first, 16 * MiB)
     assert second.wait(0, 0.0) and not second.wait(2 * MiB, 0.0)
-    start = time.monotonic()
     assert not second.wait(2 * MiB, 0.15)
-    assert 0.14 < time.monotonic() - start < 2.0
     for timeout in (10.0, float("inf"), 10**12):
         timer = threading.Timer(0.05, memory.shrink, args=(2 * MiB,))
         timer.start()

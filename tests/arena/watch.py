@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch_elastic_mem as tem
-from tests.rungs import FakeRung, Rung
+from tests.rungs import FakeRung, Rung, Stream
 from torch_elastic_mem.elastic_range import ElasticRange
 
 MiB = 1 << 20
@@ -69,7 +70,23 @@ def assert_balanced(arena: tem.Arena) -> None:
     assert now.free == now.capacity - now.reserve_low - now.leased
 
 
-def comes_true(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+class Completion(threading.Thread):
+    """Completes a stream after a while. `begun` is set before the stream is done."""
+
+    def __init__(self, stream: Stream, seconds: float) -> None:
+        super().__init__()
+        self.begun = threading.Event()
+        self._stream = stream
+        self._seconds = seconds
+        self.start()
+
+    def run(self) -> None:
+        time.sleep(self._seconds)
+        self.begun.set()
+        self._stream.complete()
+
+
+def comes_true(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
     """Whether a condition that another thread brings about holds within that time."""
     deadline = time.monotonic() + seconds
     while not condition():

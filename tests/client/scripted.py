@@ -143,7 +143,7 @@ class Scripted:
         with self._changed:
             return [message for _, message in self.log if isinstance(message, kind)]
 
-    def await_count(self, kind: type[Kind], count: int, timeout: float = 10.0) -> list[Kind]:
+    def await_count(self, kind: type[Kind], count: int, timeout: float = 30.0) -> list[Kind]:
         """The messages of a kind once there are so many of them."""
         with self._changed:
             enough = self._changed.wait_for(
@@ -153,13 +153,13 @@ class Scripted:
         assert enough, f"{len(found)} of {count} {kind.__name__} after {timeout} s: {self.log}"
         return found
 
-    def await_charge(self, nbytes: int, timeout: float = 10.0) -> None:
+    def await_charge(self, nbytes: int, timeout: float = 30.0) -> None:
         with self._changed:
             assert self._changed.wait_for(lambda: sum(self.charged.values()) == nbytes, timeout), dict(
                 self.charged
             )
 
-    def await_ended(self, count: int, timeout: float = 10.0) -> None:
+    def await_ended(self, count: int, timeout: float = 30.0) -> None:
         """So many connections have been ended."""
         with self._changed:
             assert self._changed.wait_for(lambda: self._ended >= count, timeout), self._ended

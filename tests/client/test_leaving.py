@@ -34,8 +34,8 @@ def test_an_account_that_was_closed_without_a_broker_is_closed_there_once_there_
     broker.refuse_hello = None
     broker.await_count(Close, 1)
     assert [(each.name, each.lease) for each in broker.got(Open)[1:]] == [("passing", 0)]
-    broker.drop()
     hellos = len(broker.got(Hello))
+    broker.drop()
     broker.await_count(Hello, hellos + 1)
     time.sleep(0.2)
     assert len(broker.got(Open)) == 2, "and forgotten then"

@@ -48,10 +48,8 @@ def test_memory_comes_from_a_process_whose_python_is_busy(machine: Machine) -> N
     hog("grow", 120 * MiB)
     hog("shrink", 120 * MiB)
     taker = machine.peer("serving")
-    hog("hold_gil", 5.0)
-    start = time.monotonic()
+    hog("hold_gil")
     assert taker("grow", 64 * MiB) == 64 * MiB
-    assert time.monotonic() - start < 4
     hog("held")
 
 
