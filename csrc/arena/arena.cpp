@@ -99,14 +99,21 @@ Arena::~Arena() {
   // Retired tenants hold extents whose fence has not passed. Their streams may never get there; then the
   // memory stays with the process rather than going while the device may still touch it.
   const Deadline deadline = deadline_in(kLastFences);
-  const auto pending = [](const Seat& seat) { return seat.tenant->idle().pending != 0; };
-  while (std::any_of(seats_.begin(), seats_.end(), pending) && Clock::now() < deadline)
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  const auto settled = [](const Seat& seat) { return seat.tenant->idle().pending == 0; };
+  // An upstream's thread looks at the seats until it is stopped.
+  const auto all_settled = [&] {
+    const Lock lock(mutex_);
+    return std::all_of(seats_.begin(), seats_.end(), settled);
+  };
+  while (!all_settled() && Clock::now() < deadline) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   bool left = false;
-  for (Seat& seat : seats_) {
-    if (!pending(seat)) continue;
-    new std::shared_ptr<Tenant>(std::move(seat.tenant));
-    left = true;
+  {
+    const Lock lock(mutex_);
+    const auto pending = std::partition(seats_.begin(), seats_.end(), settled);
+    left = pending != seats_.end();
+    for (auto seat = pending; seat != seats_.end(); ++seat)
+      new std::shared_ptr<Tenant>(std::move(seat->tenant));
+    seats_.erase(pending, seats_.end());
   }
   stop_upstream(!left);
   if (!closed_ && device().backend == "cuda") unclaim(device());

@@ -136,10 +136,10 @@ class Recorder final : public MallocObserver {
 
 void bind_allocator(py::module_& module) {
   py::class_<Heap, std::shared_ptr<Heap>>(module, "Allocator")
-      .def(py::init([](AccountHandle& account, const std::string& name) {
+      .def(init_unlocked(+[](AccountHandle& account, const std::string& name) {
              return Heap::make(account.arena, account.id, name);
            }),
-           py::arg("account"), py::arg("name"), Unlocked())
+           py::arg("account"), py::arg("name"))
       .def(
           "allocate",
           [](Heap& self, size_t bytes, Stream stream) {

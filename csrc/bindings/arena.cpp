@@ -219,23 +219,22 @@ void bind_arena(py::module_& module) {
           [](AccountHandle& self, uint64_t number) { self.arena->remove_reclaimer(number); }, Unlocked());
 
   py::class_<client::Client, std::shared_ptr<client::Client>>(module, "Broker")
-      .def(py::init([](const std::string& path, const std::string& device, const std::string& backend,
-                       const std::string& label, const std::string& process, size_t total, size_t granularity,
-                       double timeout) {
+      .def(init_unlocked(+[](const std::string& path, const std::string& device, const std::string& backend,
+                             const std::string& label, const std::string& process, size_t total,
+                             size_t granularity, double timeout) {
              return client::Client::connect(path, {device, backend, label, process, total, granularity},
                                             deadline_in(timeout));
            }),
            py::arg("path"), py::arg("device"), py::arg("backend"), py::arg("label"), py::arg("process"),
-           py::arg("total"), py::arg("granularity"), py::arg("timeout"), Unlocked())
+           py::arg("total"), py::arg("granularity"), py::arg("timeout"))
       .def_property_readonly("path", &client::Client::path)
       .def_property_readonly("connected", &client::Client::connected)
       .def_property_readonly("capacity", &client::Client::capacity);
   py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
-      .def(py::init([](std::shared_ptr<Backend> backend, size_t capacity, size_t low, size_t high) {
+      .def(init_unlocked(+[](std::shared_ptr<Backend> backend, size_t capacity, size_t low, size_t high) {
              return Arena::open(std::move(backend), {capacity, low, high});
            }),
-           py::arg("backend"), py::arg("capacity"), py::arg("reserve_low"), py::arg("reserve_high"),
-           Unlocked())
+           py::arg("backend"), py::arg("capacity"), py::arg("reserve_low"), py::arg("reserve_high"))
       .def_static(
           "under",
           [](std::shared_ptr<Backend> backend, const std::shared_ptr<client::Client>& broker) {

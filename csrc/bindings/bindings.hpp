@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "arena/arena.hpp"
@@ -52,6 +53,16 @@ class NoGil {
  private:
   PyThreadState* state_;
 };
+
+/// What `py::init` takes for an object that `make` makes without the GIL. A call guard would let it go for
+/// pybind11's own entry of the object as well, into a table that nothing but the GIL guards.
+template <class Made, class... Given>
+auto init_unlocked(Made (*make)(Given...)) {
+  return py::init([make](Given... given) {
+    const NoGil unlocked;
+    return make(std::forward<Given>(given)...);
+  });
+}
 
 /// An account of an open arena, as Python holds it.
 struct AccountHandle {

@@ -135,14 +135,14 @@ std::vector<Block> blocks_from(py::handle blocks, size_t num_blocks) {
 
 void bind_kv(py::module_& module) {
   py::class_<RangeHandle, std::shared_ptr<RangeHandle>>(module, "BlockRange")
-      .def(py::init([](AccountHandle& account, std::string name, size_t num_blocks, size_t block_bytes,
-                       size_t stripes, size_t keep, size_t extent_bytes) {
+      .def(init_unlocked(+[](AccountHandle& account, std::string name, size_t num_blocks, size_t block_bytes,
+                             size_t stripes, size_t keep, size_t extent_bytes) {
              return std::make_shared<RangeHandle>(
                  BlockRange::make(account.arena, account.id, std::move(name),
                                   {num_blocks, block_bytes, stripes, keep, extent_bytes}));
            }),
            py::arg("account"), py::arg("name"), py::arg("num_blocks"), py::arg("block_bytes"),
-           py::arg("stripes") = 1, py::arg("keep") = 0, py::arg("extent_bytes") = 0, Unlocked())
+           py::arg("stripes") = 1, py::arg("keep") = 0, py::arg("extent_bytes") = 0)
       .def(
           "ensure",
           [](RangeHandle& self, py::handle blocks, Stream stream, double timeout, const std::string& rung) {
@@ -160,7 +160,8 @@ void bind_kv(py::module_& module) {
             self.range->release(numbers, stream);
           },
           py::arg("blocks"), py::arg("stream"))
-      .def("resident", [](RangeHandle& self, Block block) { return self.range->resident(block); })
+      .def(
+          "resident", [](RangeHandle& self, Block block) { return self.range->resident(block); }, Unlocked())
       .def("held", [](RangeHandle& self, Block block) { return self.range->held(block); })
       .def("base", [](RangeHandle& self, size_t stripe) { return self.range->base(stripe); })
       .def("export_stripe", &export_stripe)

@@ -50,10 +50,10 @@ int send_extents(BlockRange& range, int socket, const std::string& message, size
 void bind_shared(py::module_& module) {
   using ipc::Attached;
   py::class_<Attached, std::shared_ptr<Attached>>(module, "Attached")
-      .def(py::init([](std::shared_ptr<Backend> backend, std::vector<size_t> extents) {
+      .def(init_unlocked(+[](std::shared_ptr<Backend> backend, std::vector<size_t> extents) {
              return std::shared_ptr<Attached>(new Attached(std::move(backend), std::move(extents)), let_go);
            }),
-           py::arg("backend"), py::arg("extents"), Unlocked())
+           py::arg("backend"), py::arg("extents"))
       .def(
           "receive",
           [](Attached& self, int socket, double timeout) {
