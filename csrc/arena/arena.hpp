@@ -241,6 +241,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
   void release_excess() noexcept;
   void settle_spare() noexcept;
   void note_fault(const Error& error);
+  // Where a broker says what to do about all else.
+  static constexpr const char* kRaiseMax = "; free memory of this account, or raise its max";
   Error refusal(AccountId id, size_t bytes, const std::string& why);
   [[noreturn]] void refuse(AccountId id, size_t bytes, const std::string& why) {
     throw refusal(id, bytes, why);

@@ -106,13 +106,14 @@ Grant Arena::acquire_leased(Lock& lock, AccountId id, size_t bytes, Deadline dea
     if (group == nullptr && ledger_.grant(id, bytes)) return Grant(shared_from_this(), id, bytes);
     const Holding& account = ledger_.at(id);
     const size_t most = std::min(account.limits.max, ledger_.capacity());
-    if (most < bytes || most - bytes < account.held) refuse(id, bytes, "its max is " + format_bytes(most));
+    if (most < bytes || most - bytes < account.held)
+      refuse(id, bytes, "its max is " + format_bytes(most) + kRaiseMax);
     // A denial while other threads were granted more than they need, or gave some back, says nothing of what
     // there is now.
     const bool late = Clock::now() >= deadline;
     const bool stale = group == nullptr && !late && account.lease != lease;
     if (!answer.why.empty() && !stale) refuse(id, bytes, answer.why);
-    if (late) refuse(id, bytes, "other threads took what was granted for it");
+    if (late) refuse(id, bytes, "other threads took what was granted for it; wait longer");
   }
 }
 

@@ -320,8 +320,9 @@ Grant Arena::acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst, 
   const auto below = [bytes](size_t limit) { return limit > bytes ? limit - bytes : 0; };
   // What a member of a group may not have is the broker's to say: the others wait for its demand.
   const bool alone = group == nullptr || !upstream_;
+  const char* const raise = upstream_ ? kRaiseMax : "";
   if (alone && bytes > limits.max)
-    refuse(id, bytes, "that is more than the account's max " + format_bytes(limits.max));
+    refuse(id, bytes, "that is more than the account's max " + format_bytes(limits.max) + raise);
   if (alone && bytes > ledger_.leasable()) {
     refuse(id, bytes, "that is more than all the arena may lease, " + format_bytes(ledger_.leasable()));
   }
@@ -332,7 +333,7 @@ Grant Arena::acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst, 
   if (bytes <= limits.max && ledger_.at(id).held > below(limits.max))
     trim_self(lock, id, below(limits.max), worst, deadline);
   if (alone && ledger_.at(id).held > below(limits.max))
-    refuse(id, bytes, "max is " + format_bytes(limits.max));
+    refuse(id, bytes, "max is " + format_bytes(limits.max) + raise);
 
   if (upstream_) return acquire_leased(lock, id, bytes, deadline, worst, group, others);
   if (group != nullptr && group->members != 1) {
@@ -367,7 +368,7 @@ Error Arena::refusal(AccountId id, size_t bytes, const std::string& why) {
   const Holding& account = ledger_.at(id);
   const std::string asked = "account '" + account.name + "' asked for " + format_bytes(bytes) +
                             " beside the " + format_bytes(account.held) + " it holds";
-  // The other side of a refusal from upstream knows who holds the rest.
+  // The other side of a refusal from upstream knows who holds the rest, and what to do.
   if (upstream_) return Error(Kind::kOutOfMemory, asked + ": " + why);
   return Error(Kind::kOutOfMemory,
                asked + "; " + format_bytes(ledger_.free()) + " of " + format_bytes(ledger_.leasable()) +

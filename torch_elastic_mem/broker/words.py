@@ -34,7 +34,7 @@ def in_debt(holder: Holder, bytes: int, owed: int) -> str:
     """Its process is late with an answer."""
     return (
         f"{wish(holder, bytes)}, but its process was asked for {format_bytes(owed)} and has not answered in "
-        f"time; it is granted nothing until it has"
+        f"time; it is granted nothing until it has: `tem top` shows whether it does, and else end it"
     )
 
 
