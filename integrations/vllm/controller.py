@@ -98,6 +98,7 @@ class Controller:
         self._demands: list[Demand] = []
         self._debt, self._debt_until = 0, 0.0  # bytes to pay as requests end
         self._patient_until = 0.0
+        self._short = False  # when it last grew
         self._closed = False
         self._away: list[int] = []  # while all memory is away: the chunks that are not parked
         cache.on_enqueued = self.step_enqueued
@@ -112,7 +113,7 @@ class Controller:
         """The engine's thread is about to schedule, with the lock held.
 
         Args:
-            low: unused blocks to have at hand.
+            low: unused blocks to have at hand: for a step, and for the whole of who is admitted next.
             high: unused blocks to get once there are fewer, so that not every prompt grows the cache.
         """
         if self._away:
@@ -121,15 +122,19 @@ class Controller:
         self._serve()
         self.balloon.unpark(self.grower.take())
         self._pay()
-        if not self.balloon.parked or self._demands or self.draining:
+        if not self.balloon.parked or self._demands:
+            return
+        free = self.balloon.free_blocks
+        if self.draining:
+            # Who drains takes what is free elsewhere for those that run, and asks nobody for more.
+            self._grow(self._needs().running - free, short=False)
             return
         unused = self.balloon.unused(low)
         if unused >= low:
             return
         needs = self._needs()
-        free = self.balloon.free_blocks
         short = free < max(low, needs.most)
-        self._grow(max(high, needs.most) - unused, short)
+        self._grow(max(high - unused, needs.most - free), short)
         # The coldest prefixes serve as well: one that is computed anew costs a request milliseconds, and a
         # wait costs all of them. A step that has something to do does it, and admits the others later.
         missing = needs.least - free
@@ -251,15 +256,17 @@ class Controller:
             self.reconsider()
 
     def _grow(self, blocks: int, short: bool) -> None:
-        if self.grower.resting(short):
+        if blocks <= 0 or self.grower.resting(short):
             return
         coming = self.grower.coming
-        chunks = -(-blocks // self._cache.chunk_blocks) - len(coming)
-        if chunks > 0:
-            if not coming:
-                # What was refused may be refused again, and steps would wait for that over and over.
-                patience = 0.0 if self.grower.refused(short) else PATIENCE
-                self._patient_until = time.monotonic() + patience
+        chunks = max(0, -(-blocks // self._cache.chunk_blocks) - len(coming))
+        dearer = short and not self._short
+        if not coming or dearer:
+            # What was refused may be refused again, and steps would wait for that over and over.
+            patience = 0.0 if self.grower.refused(short) else PATIENCE
+            self._patient_until = time.monotonic() + patience
+        self._short = short
+        if chunks or dearer:
             self.grower.ask(self.balloon.next_out(chunks, [*coming, *self._cache.going()]), short)
 
     def _asked(self, rung: str, nbytes: int, timeout: float) -> None:
@@ -376,6 +383,8 @@ class Controller:
         self.grower.cancel()
         self.balloon.unpark(self.grower.take())
         most = max(0, self.balloon.free_blocks - keep) // self._cache.chunk_blocks if keep else None
+        if most == 0:
+            return 0
         wanted = -(-nbytes // self._cache.freed_bytes)
         found = self.balloon.cheapest(wanted + 1)[:most]
         chunks = found[:wanted]

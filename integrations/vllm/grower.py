@@ -13,8 +13,9 @@ from torch_elastic_mem.errors import OutOfMemory, TemError
 log = logging.getLogger("vllm.torch_elastic_mem")
 
 # After a refusal nothing is asked for this long, unless memory is seen to have come free: whoever holds it
-# has just been asked for it.
-REST = 0.1
+# has just been asked for it. Who is refused what is cheap over and over rests longer each time, up to a bound:
+# it has cached blocks of its own to use, and others' demands wait behind its own.
+REST, LONGEST_REST = 0.1, 0.8
 # The dearest that others may be asked for: what is unused and cached of lower classes, while an engine would
 # rather not give up what it has cached itself; everything, once it has not even that.
 WARM, SHORT = "evict", "pause"
@@ -50,6 +51,7 @@ class Grower:
         self._at_work: list[int] = []
         self._ready: list[int] = []
         self._short = False
+        self._again = 0  # refusals of what is cheap after the first, with nothing between them
         self._refused_at = -REST
         self._refused = self._refused_short = False
         self._room = 0  # that there was when it was refused
@@ -73,7 +75,8 @@ class Grower:
 
     def resting(self, short: bool = False) -> bool:
         """Whether memory has just been refused to one in such a need."""
-        return self.refused(short) and time.monotonic() - self._refused_at < REST
+        rest = REST if short else min(REST * 2**self._again, max(REST, LONGEST_REST))
+        return self.refused(short) and time.monotonic() - self._refused_at < rest
 
     def refused(self, short: bool = False) -> bool:
         """Whether whoever is in such a need was refused memory, and none has come, or come free, since."""
@@ -140,15 +143,22 @@ class Grower:
             room = self._memory.room()
             with self._changed:
                 self._at_work = []
+                again = self._refused and not self._refused_short and room <= self._room
+                self._again = min(self._again + 1, 8) if again and not short and not got else 0
                 self._room = room
                 self._ready += got
                 self._refused = len(got) < len(chunks)
                 if self._refused:
-                    # Not all of it is to be had: what else was asked for is not either, but in greater need.
-                    if short or not self._short:
+                    if self._short and not short:
+                        # Who has become short meanwhile wants these the more.
+                        self._asked = [*chunks[len(got) :], *self._asked]
+                    else:
+                        # Not all of it is to be had: what else was asked for is not either.
                         self._forget()
                     self._refused_at, self._refused_short = time.monotonic(), short
                     self.refusals += 1
+                elif not self._asked:
+                    self._short = False
                 self._changed.notify_all()
             self._on_done()
 
@@ -167,6 +177,8 @@ class Grower:
             return []
         got = []
         for chunk in chunks if len(chunks) > 1 else ():
+            if rung == WARM and self._short:
+                break  # these will be asked for dearly
             try:
                 # Who could yield has been waited for: what they gave is free. Others wait for this to end.
                 self._memory.ensure([chunk], rung, BRIEF)

@@ -65,12 +65,13 @@ class Elastic(Base):
             self.elastic.mover = self._mover(cache)
         self._memory = cache
         self._low = ahead - 1
-        self._high = self._low + ahead // MARGIN
+        self._margin = ahead // MARGIN
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """One step, after the pool has been given what the step may use and has lost what others want."""
         with self.elastic.lock:
-            self.elastic.before_step(self._low + self._watermark(), self._high + self._watermark())
+            low = max(self._low, self._first_waiting()) + self._watermark()
+            self.elastic.before_step(low, low + self._margin)
             self.kv_cache_manager.watermark_blocks = self._watermark()
             with self._admissions(), compat.delivered(self):
                 output = super().schedule(*args, **kwargs)
@@ -148,12 +149,20 @@ class Elastic(Base):
         for request in compat.waiting(self):
             if tokens <= 0:
                 break
-            tokens_ahead = request.num_tokens + self.num_lookahead_tokens
-            waiting.append(self._states + sum(-(-tokens_ahead // size) + 1 for size in self._block_sizes))
+            waiting.append(self._blocks_of(request))
             tokens -= request.num_tokens - request.num_computed_tokens
         running = self._running_blocks()
         most = running + sum(waiting) + (self._watermark() if waiting else 0)
         return Needs(running, running + (0 if self.running else sum(waiting[:1])), most)
+
+    def _blocks_of(self, request: Any) -> int:
+        """Blocks that the whole of a request that waits may take."""
+        tokens = request.num_tokens + self.num_lookahead_tokens
+        return self._states + sum(-(-tokens // size) + 1 for size in self._block_sizes)
+
+    def _first_waiting(self) -> int:
+        """Blocks of who is to be admitted next: its prompt may be longer than what a step computes."""
+        return next(map(self._blocks_of, compat.waiting(self)), 0)
 
     def _watermark(self) -> int:
         """Blocks that vLLM keeps free when it admits somebody beside others: a part of those with memory."""

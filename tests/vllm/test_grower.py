@@ -104,17 +104,54 @@ def test_a_refusal_of_what_is_cheap_does_not_keep_who_is_short_from_asking(
     assert grower.resting() and grower.resting(short=True)
 
 
-def test_who_became_short_while_what_is_cheap_was_refused_is_asked_for_next(
-    grower: Grower, memory: FakeMemory
+@pytest.mark.parametrize("more", [[], [3]])
+def test_who_becomes_short_while_what_is_cheap_is_refused_gets_it_dearly(
+    grower: Grower, memory: FakeMemory, more: list[int]
 ) -> None:
+    memory.gate.clear()
+    grower.ask([1, 2])
+    assert memory.begun.wait(LONG)
+    grower.ask(more, short=True)
+    memory.errors = [OutOfMemory("nothing is cheap")]
+    memory.gate.set()
+    assert settled(grower) == [1, 2, *more]
+    assert memory.asked == [(WARM, BRIEF), (SHORT, None)]
+    grower.ask([4])
+    settled(grower)
+    assert memory.asked[-1] == (WARM, BRIEF), "and is short no more"
+
+
+def test_who_gets_what_is_cheap_although_short_is_short_no_more(grower: Grower, memory: FakeMemory) -> None:
     memory.gate.clear()
     grower.ask([1])
     assert memory.begun.wait(LONG)
-    grower.ask([2], short=True)
-    memory.errors = [OutOfMemory("nothing is cheap")]
+    grower.ask([], short=True)
     memory.gate.set()
-    assert settled(grower) == [2]
-    assert memory.asked == [(WARM, BRIEF), (SHORT, None)]
+    settled(grower)
+    grower.ask([2])
+    settled(grower)
+    assert memory.asked == [(WARM, BRIEF)] * 2
+
+
+def test_who_is_refused_what_is_cheap_over_and_over_rests_longer_each_time(
+    grower: Grower, memory: FakeMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(module, "REST", 1.0)
+    monkeypatch.setattr(module, "LONGEST_REST", 4.0)
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    memory.left = 0
+    for rest in (1.0, 2.0, 4.0, 4.0):
+        grower.ask([1])
+        settled(grower)
+        now += rest - 0.5
+        assert grower.resting() and not grower.resting(short=True)
+        now += 0.5
+        assert not grower.resting()
+    grower.ask([1], short=True)
+    settled(grower)
+    now += 1.0
+    assert not grower.resting(short=True) and not grower.resting(), "whoever is short asks at once"
 
 
 @pytest.mark.parametrize("how", ["cancelled", "refused"])
