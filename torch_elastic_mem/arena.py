@@ -241,11 +241,11 @@ def _broker(given: str | None) -> tuple[str | None, bool]:
         return None, False
     if given != "auto":
         return os.fspath(given), True
-    named = os.environ.get(paths.BROKER)
-    if named is not None:
-        return (None, False) if named in ("", "0") else (named, True)
     found = paths.tenants_socket(os.environ)
-    return (str(found), False) if found.is_socket() else (None, False)
+    if found is None:
+        return None, False
+    named = paths.BROKER in os.environ
+    return (str(found), named) if named or found.is_socket() else (None, False)
 
 
 def _connect(broker: str | None, kind: str, backend: _C.Backend) -> _C.Broker | None:

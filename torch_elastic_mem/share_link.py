@@ -46,9 +46,10 @@ def shares_socket(broker: str) -> Path:
     """
     if broker != "auto":
         return Path(broker).with_name("shares.sock")
-    if os.environ.get(paths.BROKER) in ("", "0"):
+    tenants = paths.tenants_socket(os.environ)
+    if tenants is None:
         raise BrokerError(f"{paths.BROKER} says that there is no broker, and memory is shared through one")
-    return paths.tenants_socket(os.environ).with_name("shares.sock")
+    return tenants.with_name("shares.sock")
 
 
 def process_name() -> str:

@@ -11,13 +11,12 @@ class ElasticCPUWorker(Elastic, CPUWorker):
     """vLLM's CPU worker whose KV cache lies on an arena."""
 
     def determine_available_memory(self) -> int:
-        """What vLLM would take for the cache, at most the account's `max`."""
+        """What vLLM would take for the cache, within the account's `max`."""
         found = super().determine_available_memory()
         if not self.keeps_what_is_known():
             return found
         self.open_elastic_account(found)
-        limit = self.elastic_account.limits.max
-        return found if limit is None else min(found, limit)
+        return self.within_its_limit(found, 0 if self.elastic_sleep is None else self.elastic_sleep.bytes)
 
     def _fall_asleep(self, level: int) -> None:
         """What the GPU worker does; vLLM has none on the CPU."""

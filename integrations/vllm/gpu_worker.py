@@ -30,7 +30,7 @@ class ElasticWorker(Elastic, Worker):
             self.cache_config.gpu_memory_utilization = share
 
     def determine_available_memory(self) -> int:
-        """What the cache could come to if it had the device to itself, at most the account's `max`.
+        """What the cache could come to if it had the device to itself, within the account's `max`.
 
         vLLM's own profiling charges to this engine what neighbours take meanwhile, and fails if they give
         something back. Here only this process's own peak is taken off.
@@ -47,14 +47,15 @@ class ElasticWorker(Elastic, Worker):
         finally:
             config.kv_cache_memory_bytes = given
         arena = self.open_elastic_account(room)
+        own = torch.cuda.max_memory_reserved(self.device)
+        sleeps = 0 if self.elastic_sleep is None else self.elastic_sleep.bytes
+        in_account = account_of_torch(arena.device) is not None
+        # What sleeps is in a malloc of its own then, which torch does not count.
+        own += sleeps if in_account else 0
+        held = own if in_account else sleeps
         if given is None:
-            own = torch.cuda.max_memory_reserved(self.device)
-            if self.elastic_sleep is not None and account_of_torch(arena.device) is not None:
-                # They are in a malloc of their own then, which torch does not count.
-                own += self.elastic_sleep.bytes
-            room = min(room - own - CONTEXT, arena.capacity)
-        limit = self.elastic_account.limits.max
-        return room if limit is None else min(room, limit)
+            room = min(room - own - CONTEXT, arena.capacity - held)
+        return self.within_its_limit(room, held)
 
     def compile_or_warm_up_model(self) -> Any:
         """As vLLM's. What graphs and kernels took meanwhile outside the arena is not the cache's any more."""

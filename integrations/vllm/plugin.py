@@ -6,6 +6,8 @@ import logging
 import os
 from typing import Any
 
+from torch_elastic_mem.activate import settings
+from torch_elastic_mem.activate.settings import ENABLE
 from torch_elastic_mem.integrations.vllm import compat, compat_sleep, connectors, variables
 
 log = logging.getLogger("vllm.torch_elastic_mem")
@@ -23,7 +25,9 @@ def register() -> None:
     Never raises: where it cannot be, vLLM runs as if this package were not there, and a warning says why. But
     a variable that says what cannot be is an error of the engine's configuration.
     """
-    if os.environ.get("TEM_ENABLE") != "1":
+    if (given := os.environ.get(ENABLE, "")) != "1":
+        if given not in ("", "0"):
+            log.warning("torch_elastic_mem leaves this engine alone: %s is %r, not 1", ENABLE, given)
         return
     try:
         compat.require_known()
@@ -43,6 +47,8 @@ def register() -> None:
             log.warning("torch_elastic_mem leaves this engine alone: %s", reason)
         else:
             variables.check(os.environ)
+            for said in settings.misspelt(os.environ):
+                log.warning("torch_elastic_mem: %s", said)
         return config
 
     create_engine_config.elastic = True  # type: ignore[attr-defined]
@@ -71,6 +77,8 @@ def choose_classes(config: Any) -> None:
         raise compat.Unsupported(reason)
     if reason := compat.other_drafts(config.speculative_config):
         raise compat.Unsupported(reason)
+    if config.load_config.load_format == "ipc_cache":
+        raise compat.Unsupported("its weights may be another process's memory, which is in no account here")
     if config.model_config.runner_type == "pooling":
         raise compat.Unsupported("a pooling model keeps no KV cache")
     # The CPU engine puts even a single worker in a process of its own; ours shares one with the scheduler.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from torch_elastic_mem.activate.settings import Settings
+from torch_elastic_mem.activate.settings import PRIORITY, Settings
 from torch_elastic_mem.broker.launch import connected
-from torch_elastic_mem.broker.paths import BROKER
+from torch_elastic_mem.broker.paths import BROKER, tenants_socket
 from torch_elastic_mem.errors import BrokerError
 
 
@@ -17,7 +16,7 @@ def account(environment: Mapping[str, str]) -> Settings:
     Raises:
         InvalidArgument: one of them says what cannot be; the message names it.
     """
-    return Settings.read({"TEM_PRIORITY": "serving", **environment})
+    return Settings.read({**environment, PRIORITY: environment.get(PRIORITY) or "serving"})
 
 
 def check(environment: Mapping[str, str]) -> None:
@@ -28,10 +27,10 @@ def check(environment: Mapping[str, str]) -> None:
         BrokerError: no broker answers at the place that was named.
     """
     account(environment)
-    named = environment.get(BROKER)
-    if named is None or named in ("", "0"):
+    named = tenants_socket(environment)
+    if BROKER not in environment or named is None:
         return
-    found = connected(Path(named))
+    found = connected(named)
     if found is None:
         raise BrokerError(
             f"{BROKER}: no broker listens at {named}; start one with `tem serve`, or set {BROKER}=0 for an "

@@ -8,11 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch_elastic_mem.account import Group
+from torch_elastic_mem.broker.paths import tenants_socket
+from torch_elastic_mem.errors import InvalidArgument
 from torch_elastic_mem.integrations.vllm import compat, connectors, line
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache, arena_of, keep, open_account
 from torch_elastic_mem.integrations.vllm.rank import Rank
 from torch_elastic_mem.integrations.vllm.sleep import Sleep
 from torch_elastic_mem.torch_cuda import account_of_torch
+from torch_elastic_mem.units import format_bytes
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as Base
@@ -44,7 +47,28 @@ class Elastic(Base):
             assert self.device is not None  # vLLM has initialised it
             self.elastic_arena = arena_of(self.device, nbytes)
             self.elastic_account = open_account(self.elastic_arena)
+            if self.elastic_arena.broker is None and tenants_socket(os.environ) is not None:
+                log.info(
+                    "no broker runs: this engine shares its device with no other process; start it by "
+                    "`tem run`, or `tem serve` before it"
+                )
         return self.elastic_arena
+
+    def within_its_limit(self, room: int, held: int) -> int:
+        """What of some room the account's `max` leaves the cache, beside what else the account holds.
+
+        Raises:
+            InvalidArgument: nothing.
+        """
+        limit = self.elastic_account.limits.max
+        if limit is None:
+            return room
+        if limit <= held:
+            raise InvalidArgument(
+                f"the account's max is {format_bytes(limit)}, and the engine's weights and activations take "
+                f"{format_bytes(held)} of it: nothing is left for a KV cache; raise it (TEM_MAX, tem limit)"
+            )
+        return min(room, limit - held)
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[None]:
         """Where vLLM allocates what sleeps."""
@@ -128,7 +152,8 @@ class Elastic(Base):
             compat.make_block_major(kv_cache_config)
             regions = compat.regions(kv_cache_config)
         except compat.Unsupported as reason:
-            self._leave_alone(reason)
+            self._leave_alone(compat.Unsupported(f"{reason}; it has the size of one that shares its device: "
+                "give it another by --kv-cache-memory-bytes, or start it without TEM_ENABLE=1"))
             return None
         return ElasticCache(self.elastic_account, kv_cache_config.num_blocks, regions)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 import torch_elastic_mem as tem
-from torch_elastic_mem.activate.settings import Settings, enabled
+from torch_elastic_mem.activate.settings import Settings, enabled, misspelt
 
 
 def test_what_is_written_is_read_again() -> None:
@@ -15,6 +15,15 @@ def test_what_is_written_is_read_again() -> None:
 def test_unset_and_empty_are_the_defaults() -> None:
     assert Settings.read({}) == Settings.read({"TEM_PRIORITY": "", "TEM_NAME": "", "TEM_DEVICE": " ,"})
     assert Settings.read({"TEM_MAX": ""}) == Settings.read({}) == Settings("training", "", ())
+
+
+def test_a_name_that_is_nearly_one_of_ours_is_told_and_others_are_not() -> None:
+    good = dict.fromkeys(("TEM_MAX", "TEM_BROKER", "TEM_RUNTIME_DIR", "TEM_ENABLE"), "1")
+    assert misspelt(good | {"TEMPERATURE": "1", "TEM_SCANNER": "1", "HOME": "/"}) == []
+    assert misspelt(good | {"TEM_PRIORTY": "idle", "TEM_MAXX": "1"}) == [
+        "TEM_MAXX means nothing here; did you mean TEM_MAX?",
+        "TEM_PRIORTY means nothing here; did you mean TEM_PRIORITY?",
+    ]
 
 
 def test_limits_go_over_those_of_the_class() -> None:

@@ -110,7 +110,16 @@ def test_the_directory_is_that_of_the_environment() -> None:
     assert paths.default_directory({}, uid=0) == Path("/run/torch_elastic_mem")
     assert paths.default_directory({}, uid=7) == Path("/tmp/torch_elastic_mem-7")
     assert paths.tenants_socket({"TEM_RUNTIME_DIR": "/a"}) == Path("/a/tenants.sock")
-    assert paths.tenants_socket({"TEM_RUNTIME_DIR": "/a", "TEM_BROKER": "/c"}) == Path("/c")
+    assert paths.tenants_socket({"TEM_RUNTIME_DIR": "/a", "TEM_BROKER": "/c/d"}) == Path("/c/d")
+    assert paths.broker_directory({"TEM_RUNTIME_DIR": "/a"}) == Path("/a")
+    assert paths.broker_directory({"TEM_RUNTIME_DIR": "/a", "TEM_BROKER": "/c/d"}) == Path("/c")
+
+
+@pytest.mark.parametrize("none", ["", "0"])
+def test_who_wants_no_broker_has_no_socket_and_sees_the_others_of_the_directory(none: str) -> None:
+    environment = {"TEM_RUNTIME_DIR": "/a", "TEM_BROKER": none}
+    assert paths.tenants_socket(environment) is None
+    assert paths.broker_directory(environment) == Path("/a")
 
 
 def test_a_directory_is_made_for_its_owner_alone(tmp_path: Path) -> None:

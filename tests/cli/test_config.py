@@ -51,6 +51,8 @@ def test_without_a_file_all_is_by_default_or_environment(
     said = {line.split("  ")[0]: line for line in lines}
     assert said["tenants look at"].endswith('"/elsewhere/tenants.sock"  (environment TEM_BROKER)')
     assert said["metrics"].endswith("none  (default)")
+    monkeypatch.setenv("TEM_BROKER", "0")
+    assert "none  (environment TEM_BROKER)" in tem("--show").stdout
 
 
 def test_options_of_serve_go_over_the_file(file: Path, runtime: Path) -> None:

@@ -18,7 +18,7 @@ from vllm.engine.arg_utils import EngineArgs
 from tests.broker.service import Service
 from tests.programs import ROOT
 from torch_elastic_mem.errors import BrokerError, InvalidArgument
-from torch_elastic_mem.integrations.vllm import connectors, plugin
+from torch_elastic_mem.integrations.vllm import connectors, plugin, variables
 from torch_elastic_mem.integrations.vllm.compat import Unsupported
 
 GPU, CPU = plugin.WORKERS
@@ -41,6 +41,7 @@ def config(worker: str = CPU, *, asynchronous: bool = False) -> Any:
         ),
         scheduler_config=SimpleNamespace(scheduler_cls=None, async_scheduling=asynchronous),
         model_config=SimpleNamespace(enable_sleep_mode=False, runner_type="generate"),
+        load_config=SimpleNamespace(load_format="auto"),
         kv_transfer_config=None,
         speculative_config=None,
     )
@@ -123,6 +124,7 @@ def test_one_rank_gets_our_worker_beside_our_scheduler(
         ("model_config", sleeping("mine"), "a backend of its own, mine"),
         ("model_config", sleeping(sleep_mode_offload_cudagraph=True), "sleeps under `tem run` only"),
         ("model_config.runner_type", "pooling", "pooling"),
+        ("load_config.load_format", "ipc_cache", "its weights may be another process's memory"),
         ("speculative_config", SimpleNamespace(enable_adaptive_verification=True), "adaptive verification"),
         ("kv_transfer_config", connector("NixlConnector"), "NixlConnector may register or read all"),
     ],
@@ -185,9 +187,15 @@ def test_one_that_copies_what_nobody_holds_is_not_served_in_sleep_mode() -> None
         plugin.choose_classes(made)
 
 
-@pytest.mark.parametrize("value", [None, "0", "true", ""])
-def test_nothing_happens_unless_it_is_asked_for(
-    monkeypatch: pytest.MonkeyPatch, engine_args: list[Any], warnings: list[str], value: str | None
+@pytest.mark.parametrize(
+    ("value", "said"), [(None, ""), ("0", ""), ("", ""), ("true", "TEM_ENABLE is 'true', not 1")]
+)
+def test_nothing_happens_unless_it_is_asked_for_and_who_asks_otherwise_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    engine_args: list[Any],
+    warnings: list[str],
+    value: str | None,
+    said: str,
 ) -> None:
     if value is None:
         monkeypatch.delenv("TEM_ENABLE")
@@ -196,7 +204,22 @@ def test_nothing_happens_unless_it_is_asked_for(
     plain = EngineArgs.create_engine_config
     plugin.register()
     assert EngineArgs.create_engine_config is plain
-    assert warnings == []
+    assert [said in each for each in warnings] == ([True] if said else [])
+
+
+def test_a_variable_that_is_misspelt_is_told(
+    monkeypatch: pytest.MonkeyPatch, engine_args: list[Any], warnings: list[str]
+) -> None:
+    monkeypatch.setenv("TEM_PRIORTY", "idle")
+    plugin.register()
+    engine_args.append(config())
+    created()
+    assert warnings == ["torch_elastic_mem: TEM_PRIORTY means nothing here; did you mean TEM_PRIORITY?"]
+
+
+def test_an_engine_whose_class_is_empty_serves() -> None:
+    assert variables.account({"TEM_PRIORITY": ""}).priority == "serving"
+    assert variables.account({"TEM_PRIORITY": "idle"}).priority == "idle"
 
 
 def test_an_engine_that_is_configured_afterwards_is_elastic(

@@ -14,11 +14,13 @@ from vllm.v1.kv_cache_interface import CrossAttentionSpec, FullAttentionSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
+from torch_elastic_mem.errors import InvalidArgument
 from torch_elastic_mem.integrations.vllm import gpu_worker
 from torch_elastic_mem.integrations.vllm.compat import Unsupported
 from torch_elastic_mem.integrations.vllm.cpu_worker import ElasticCPUWorker
 from torch_elastic_mem.integrations.vllm.gpu_worker import ElasticWorker
 
+GiB = 1 << 30
 OURS = {ElasticWorker: Worker, ElasticCPUWorker: CPUWorker}
 
 
@@ -60,6 +62,17 @@ def test_layers_that_are_known_are_served() -> None:
 def test_a_cache_that_would_not_sleep_is_an_error_of_an_engine_that_is_to() -> None:
     with pytest.raises(Unsupported, match=r"CrossAttentionSpec; such a cache does not sleep"):
         made(ElasticWorker, sleep=sleeper(away=False)).keeps_what_is_known()
+
+
+def test_a_cache_has_what_the_accounts_max_leaves_beside_the_weights_in_it() -> None:
+    worker = made(ElasticWorker)
+    worker.elastic_account = SimpleNamespace(limits=SimpleNamespace(max=None))
+    assert worker.within_its_limit(40 * GiB, 17 * GiB) == 40 * GiB
+    worker.elastic_account.limits.max = 40 * GiB
+    assert worker.within_its_limit(80 * GiB, 17 * GiB) == 23 * GiB
+    assert worker.within_its_limit(20 * GiB, 17 * GiB) == 20 * GiB
+    with pytest.raises(InvalidArgument, match=r"max is 40 GiB, and .* take 40 GiB of it: nothing is left"):
+        worker.within_its_limit(80 * GiB, 40 * GiB)
 
 
 def test_an_engine_without_a_cache_warms_up_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:

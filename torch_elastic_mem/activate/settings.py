@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch_elastic_mem.broker import paths
 from torch_elastic_mem.device import cuda_index
 from torch_elastic_mem.errors import InvalidArgument
 from torch_elastic_mem.priority import PriorityClass, priority
@@ -17,6 +19,20 @@ NAME = "TEM_NAME"
 DEVICE = "TEM_DEVICE"
 # Of the account's limits, by name.
 LIMITS = {name: f"TEM_{name.upper()}" for name in ("min", "low", "high", "max", "weight")}
+BROKER = paths.BROKER
+# All that mean something to a program that runs.
+VARIABLES = (ENABLE, PRIORITY, NAME, DEVICE, *LIMITS.values(), BROKER, paths.DIRECTORY)
+
+
+def misspelt(environment: Mapping[str, str]) -> list[str]:
+    """What is to be said of variables that look like one of `VARIABLES` and are none."""
+    said = []
+    for name in sorted(environment):
+        if not name.startswith("TEM_") or name in VARIABLES:
+            continue
+        if close := difflib.get_close_matches(name, VARIABLES, 1, 0.8):
+            said.append(f"{name} means nothing here; did you mean {close[0]}?")
+    return said
 
 
 def enabled(environment: Mapping[str, str]) -> bool:

@@ -53,10 +53,21 @@ def default_directory(environment: Mapping[str, str], uid: int | None = None) ->
     return Path("/run/torch_elastic_mem") if uid == 0 else Path(f"/tmp/torch_elastic_mem-{uid}")
 
 
-def tenants_socket(environment: Mapping[str, str]) -> Path:
-    """The socket that a tenant connects to: what TEM_BROKER says, else that of the default directory."""
+def tenants_socket(environment: Mapping[str, str]) -> Path | None:
+    """The socket that a tenant connects to: what TEM_BROKER says, else that of the default directory.
+
+    None where TEM_BROKER is empty or 0: there is to be no broker.
+    """
     given = environment.get(BROKER)
-    return Path(given) if given else Paths(default_directory(environment)).tenants
+    if given is None:
+        return Paths(default_directory(environment)).tenants
+    return None if given in ("", "0") else Path(given)
+
+
+def broker_directory(environment: Mapping[str, str]) -> Path:
+    """Where the broker is that the programs of this environment have, or would have if they wanted one."""
+    tenants = tenants_socket(environment)
+    return default_directory(environment) if tenants is None else tenants.parent
 
 
 def prepare(directory: Path, group: int | None = None) -> Paths:

@@ -18,9 +18,9 @@ NOT_ALL = 1
 def connect() -> ControlClient:
     """A connection to the broker that this user's processes would find."""
     from torch_elastic_mem.broker.control import ControlClient
-    from torch_elastic_mem.broker.paths import Paths, default_directory
+    from torch_elastic_mem.broker.paths import Paths, broker_directory
 
-    return ControlClient(Paths(default_directory(os.environ)).control)
+    return ControlClient(Paths(broker_directory(os.environ)).control)
 
 
 def named(state: MachineState, name: str) -> list[AccountState]:

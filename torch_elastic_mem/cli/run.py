@@ -15,8 +15,6 @@ from torch_elastic_mem.errors import BrokerError, TemError
 STARTUP = Path(settings.__file__).parent / "startup"
 # Seconds without a tenant after which a broker that was started here ends. The program is one while it runs.
 IDLE_EXIT = 60
-# The name that an arena looks at; 0 is for no broker.
-BROKER = "TEM_BROKER"
 
 
 def _limit(name: str, help: str) -> str:
@@ -40,7 +38,7 @@ def _limit(name: str, help: str) -> str:
 @click.option("--high", metavar="SIZE", help=_limit("high", "Above it, the account trims itself."))
 @click.option("--max", metavar="SIZE", help=_limit("max", "Above it, it is out of memory by itself."))
 @click.option("--weight", metavar="NUMBER", help=_limit("weight", "Its share of its class."))
-@click.option("--no-broker", is_flag=True, help=f"Share with no other process.  [{BROKER}=0]")
+@click.option("--no-broker", is_flag=True, help=f"Share with no other process.  [{settings.BROKER}=0]")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
 def run(
@@ -62,12 +60,14 @@ def run(
     """
     environment = dict(os.environ)
     if settings.enabled(environment):
+        for said in settings.misspelt(environment):
+            click.echo(f"tem run: {said}", err=True)
         given = {settings.PRIORITY: priority, settings.NAME: name, settings.DEVICE: ",".join(device)}
         given |= {settings.LIMITS[limit]: text for limit, text in limits.items()}
         environment |= {variable: value for variable, value in given.items() if value}
         environment |= settings.Settings.read(environment).variables()
         environment["PYTHONPATH"] = with_startup(environment.get("PYTHONPATH", ""))
-        environment[BROKER] = "0" if no_broker else _broker(environment)
+        environment[settings.BROKER] = "0" if no_broker else _broker(environment)
     sys.stdout.flush()
     # Python ignores these from its start, and the program would inherit that.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
@@ -88,7 +88,7 @@ def with_startup(python_path: str) -> str:
 
 def _broker(environment: dict[str, str]) -> str:
     """What TEM_BROKER is to be: as it is, else the socket of the broker in the default directory."""
-    if (given := environment.get(BROKER)) is not None:
+    if (given := environment.get(settings.BROKER)) is not None:
         return given or "0"
     from torch_elastic_mem.broker import paths
     from torch_elastic_mem.broker.launch import ensure

@@ -78,8 +78,10 @@ def _torch() -> Iterator[Finding]:
         yield Finding("wrong", "torch", "it is not installed", "pip install 'torch>=2.11'")
         return
     yield Finding("ok", "torch", f"version {version}")
-    if find_spec("torch_elastic_mem._torch_cuda") or find_spec("torch_elastic_mem._torch"):
-        yield Finding("ok", "torch extension", "built")
+    if find_spec("torch_elastic_mem._torch_cuda"):
+        yield Finding("ok", "torch extension", "built for CUDA")
+    elif find_spec("torch_elastic_mem._torch"):
+        yield Finding("ok", "torch extension", "built, without CUDA: a GPU's torch needs it built again")
     else:
         yield Finding("note", "torch extension", "not built: torch's plain C hooks serve", _REINSTALL)
 
@@ -138,7 +140,7 @@ def _observers() -> Iterator[Finding]:
 
 
 def _broker(environment: Mapping[str, str]) -> Iterator[Finding]:
-    there = paths.Paths(paths.default_directory(environment))
+    there = paths.Paths(paths.broker_directory(environment))
     if len(os.fsencode(there.tenants)) > paths.LONGEST:
         mend = f"set {paths.DIRECTORY} to a shorter one"
         yield Finding("wrong", "directory", f"{there.tenants} is too long for a socket's path", mend)

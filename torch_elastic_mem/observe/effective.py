@@ -83,8 +83,9 @@ def _directory(environment: Mapping[str, str], given: Path | None = None) -> Set
 
 def _socket(environment: Mapping[str, str]) -> Setting:
     """The socket that tenants with this environment look for, which need not be in the directory."""
-    value = str(paths.tenants_socket(environment))
-    if environment.get(paths.BROKER):
+    found = paths.tenants_socket(environment)
+    value = None if found is None else str(found)
+    if paths.BROKER in environment:
         return Setting("tenants look at", value, "environment", paths.BROKER)
     directory = _directory(environment)
     return Setting("tenants look at", value, directory.source, directory.where)
