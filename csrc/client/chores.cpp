@@ -1,4 +1,5 @@
 // The thread for what takes long: reclaimers, waits for fences, changed limits.
+#include <system_error>
 #include <utility>
 
 #include "client/client.hpp"
@@ -9,8 +10,19 @@ void Client::add_chore(Chore chore) {
   const Lock lock(mutex_);
   if (stopping_) return;
   chores_.push_back(std::move(chore));
-  if (!worker_.joinable()) worker_ = std::thread([self = shared_from_this()] { self->work(); });
   chore_.notify_one();
+}
+
+/// Starts the thread. False: the process may have no more threads. An ask is answered without one then, and
+/// a changed limit waits until there is one. `worker_` is the receiving thread's until stop() has seen it
+/// end.
+bool Client::has_worker() {
+  try {
+    if (!worker_.joinable()) worker_ = std::thread([self = shared_from_this()] { self->work(); });
+  } catch (const std::system_error&) {
+    return false;
+  }
+  return true;
 }
 
 void Client::work() {

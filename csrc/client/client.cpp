@@ -9,8 +9,9 @@
 namespace tem::client {
 namespace {
 
-constexpr double kAnswer = 5.0;  // seconds for an answer that needs nobody's yield
-constexpr double kGrace = 0.1;   // beyond a demand's deadline, by which the broker has answered it
+constexpr double kAnswer = 5.0;     // seconds for an answer that needs nobody's yield
+constexpr double kLastWords = 1.0;  // for what a broker is still to be told when the arena ends
+constexpr double kGrace = 0.1;      // beyond a demand's deadline, by which the broker has answered it
 // Of memory that is passed on: with the largest extents, 256 GiB.
 constexpr size_t kDescriptors = 4096;
 
@@ -29,7 +30,6 @@ Client::~Client() = default;
 std::shared_ptr<Client> Client::connect(const std::string& path, Identity identity, Deadline deadline) {
   std::shared_ptr<Client> client(new Client(path, std::move(identity)));
   client->handshake(deadline);
-  client->joined_ = true;
   return client;
 }
 
@@ -118,6 +118,7 @@ void Client::try_send(uint64_t request, Call& call) {
     open.priority = Text<32>(entry.priority);
     open.limits = WireLimits(entry.limits);
     call.sent = post(request, open);
+    call.heard = call.heard || call.sent;
     return;
   }
   if (!entry.remote) return;
@@ -155,7 +156,11 @@ Limits Client::open(AccountId id, const std::string& name, const std::string& pr
   try {
     call(lock, opening, deadline_in(kAnswer));
   } catch (const Error&) {
-    entries_.erase(id);
+    if (opening.heard && !opening.done) {
+      part(id);
+    } else {
+      entries_.erase(id);
+    }
     throw;
   }
   changed();
@@ -167,21 +172,29 @@ void Client::close(AccountId id) {
   if (question(id) != nullptr) throw Error(Kind::kInUse, "a demand of the account is under way");
   const auto found = entries_.find(id);
   if (found == entries_.end()) return;
-  bool told = !found->second.refused.empty();
-  try {
-    if (connected() && (found->second.remote || opens(id))) {
-      Call closing{Type::kClose, id};
+  if (connected() && (found->second.remote || opens(id))) {
+    Call closing{Type::kClose, id};
+    try {
       call(lock, closing, deadline_in(kAnswer));
-      told = true;
+    } catch (const Error& error) {
+      if (error.kind() != Kind::kBroker) throw;
+      return part(id);
     }
-  } catch (const Error& error) {
-    if (error.kind() != Kind::kBroker) throw;
+  } else if (found->second.refused.empty()) {
+    // A broker that lives counts what it held until the process ends: it is opened once more, to be closed.
+    left_.insert(entries_.extract(id));
+    return;
   }
-  auto entry = entries_.extract(id);
-  if (told) return;
-  // A broker that lives counts what it held until the process ends. So it is opened once more, to be closed.
-  const auto left = left_.insert(std::move(entry)).position;
-  if (joined_) send_open(id, left->second, 0);
+  entries_.erase(id);
+}
+
+/// An account goes whose question nobody has answered. A grant may be on its way to it, and an OPEN of its
+/// name would be refused: so what there is to say waits for the next connection, before which a broker hears
+/// this one out. The receiving thread finds the end and makes that one.
+void Client::part(AccountId id) {
+  left_.insert(entries_.extract(id));
+  openings_.clear();  // an answer may be here, unread: what it calls for would reach nobody
+  connection_.shut();
 }
 
 bool Client::opens(AccountId id) const {
@@ -236,6 +249,7 @@ void Client::changed() noexcept {
 }
 
 void Client::stop(bool nothing_left) noexcept {
+  const Deadline deadline = deadline_in(kLastWords);
   {
     const Lock lock(mutex_);
     if (stopping_) return;
@@ -250,6 +264,7 @@ void Client::stop(bool nothing_left) noexcept {
   }
   connection_.wake();
   if (receiver_.joinable()) receiver_.join();
+  tell_left(deadline);
   if (nothing_left) post(0, Bye{});
   connection_.disconnect();
   // A reclaimer that let go of the arena's last reference ends it from here.

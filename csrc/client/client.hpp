@@ -73,6 +73,7 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
     const LeaseDemand* demand = nullptr;
     Limits limits{};
     bool sent = false;
+    bool heard = false;     // an OPEN: sent, be it over a connection that is gone
     bool settling = false;  // the answer is here and is being booked
     bool done = false;
     bool taken = false;
@@ -89,6 +90,7 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
   void lose() noexcept;
   void handle(const Bytes& message, std::vector<Fd> descriptors);
   void on_opened(const Header& header, const Opened& opened);
+  void on_done(const Header& header);
   void on_refused(const Header& header, const Error& why);
   void on_grant(const Header& header, const Granted& granted);
   void on_ask(const Header& header, const Ask& ask);
@@ -97,10 +99,13 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
   void finish(uint64_t request, std::optional<Error> error);
   void report();
   void add_chore(Chore chore);
+  bool has_worker();
   void work();
 
   void call(Lock& lock, Call& call, Deadline deadline);
   const Call* question(AccountId id, std::optional<Type> type = {}) const;
+  void part(AccountId id);
+  void tell_left(Deadline deadline) noexcept;
   bool opens(AccountId id) const;
   bool leaving(const std::string& name) const;
   void try_send(uint64_t request, Call& call);
@@ -120,11 +125,10 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
   mutable std::mutex mutex_;
   std::condition_variable answered_;
   bool stopping_ = false;
-  bool joined_ = false;  // the broker has been told of all that there is
   std::map<AccountId, Entry> entries_;
   std::map<AccountId, Entry> left_;  // closed, and a broker that may know them has not been told
   std::map<uint64_t, Call*> calls_;
-  std::map<uint64_t, AccountId> openings_;
+  std::map<uint64_t, AccountId> openings_;  // of `left_` until the CLOSE of that number is answered
   uint64_t next_request_ = 1;
   std::deque<Chore> chores_;
   std::condition_variable chore_;

@@ -58,6 +58,11 @@ void Connection::disconnect() noexcept {
   number_ = 0;
 }
 
+void Connection::shut() noexcept {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  if (socket_) ::shutdown(socket_.get(), SHUT_RDWR);
+}
+
 bool Connection::flush() noexcept {
   while (!unsent_.empty()) {
     Letter& letter = unsent_.front();

@@ -27,6 +27,9 @@ class Connection {
   /// Replaces the connection. Error{kBroker}: nobody listens there, or the path cannot be one.
   void connect();
   void disconnect() noexcept;
+  /// Ends the connection for both sides, from any thread: the descriptor stays, for whoever receives may be
+  /// reading from it, and finds the end behind what has come.
+  void shut() noexcept;
 
   /// Sends now or as soon as the broker reads. False if the connection is not `number`: the message is gone,
   /// and its descriptors are closed.

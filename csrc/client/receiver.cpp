@@ -20,6 +20,7 @@ void Client::listen() {
     {
       const Lock lock(mutex_);
       if (stopping_) return;
+      if (!chores_.empty()) has_worker();
     }
     try {
       if (!connected()) rejoin();
@@ -37,8 +38,9 @@ void Client::listen() {
       report();
       const bool passes = connected() && !arena_->device().exchange.empty();
       if (passes && arena_->make_ready_to_pass()) changed();
-    } catch (const Error&) {
-      // No broker, or one that cannot be understood: what is leased stays, and it is tried again.
+    } catch (const std::exception&) {
+      // No broker, one that cannot be understood, or no memory for what it says: what is leased stays, and it
+      // is tried again.
       lose();
       connection_.wait(deadline_in(kAgain), message, descriptors);
     }
@@ -49,13 +51,13 @@ void Client::lose() noexcept {
   connection_.disconnect();
   passed_.clear();
   const Lock lock(mutex_);
-  joined_ = false;
   openings_.clear();
   for (auto& [id, entry] : entries_) {
     entry.remote.reset();
     entry.unreturned = 0;
   }
-  for (auto& [request, call] : calls_) call->sent = false;
+  // This thread settles them: where an exception kept it from that, the call is asked again.
+  for (auto& [request, call] : calls_) call->sent = call->settling = false;
   answered_.notify_all();
 }
 
@@ -75,10 +77,41 @@ void Client::rejoin() {
     if (!opens && !closed) send_open(id, found->second, lease);
   });
   const Lock lock(mutex_);
-  joined_ = true;
   for (auto& [request, call] : calls_) try_send(request, *call);
   // Behind the others: one of the same name takes over what the broker knows of it.
   for (auto& [id, entry] : left_) send_open(id, entry, 0);
+}
+
+/// Closes at a broker what was closed without it. It receives in the place of the receiving thread, which has
+/// ended, and calls nothing on the arena, which is closed or being destroyed. Until all is answered: a broker
+/// may not hear the last words of a socket that is closed with something unread.
+void Client::tell_left(Deadline deadline) noexcept {
+  const auto any = [this] {
+    const Lock lock(mutex_);
+    return !left_.empty();
+  };
+  const auto opens = [this](const Header& header) {
+    const Lock lock(mutex_);
+    return openings_.count(header.request) != 0;
+  };
+  try {
+    Bytes message;
+    std::vector<Fd> descriptors;
+    while (any() && Clock::now() < deadline) {
+      if (!connected()) {
+        handshake(deadline);
+        const Lock lock(mutex_);
+        for (auto& [id, entry] : left_) send_open(id, entry, 0);
+      }
+      const Connection::Event event = connection_.wait(deadline, message, descriptors);
+      if (event == Connection::Event::kGone) lose();
+      if (event != Connection::Event::kMessage) continue;
+      const auto header = header_of(message.data(), message.size());
+      if (header && opens(*header)) handle(message, {});
+    }
+  } catch (const std::exception&) {
+    // No broker, or none that can be told.
+  }
 }
 
 void Client::send_open(AccountId id, Entry& entry, size_t lease) {
@@ -122,7 +155,7 @@ void Client::handle(const Bytes& message, std::vector<Fd> descriptors) {
     case Type::kOpened:
       return on_opened(*header, body_of<Opened>(message.data(), message.size()));
     case Type::kDone:
-      return finish(header->request, std::nullopt);
+      return on_done(*header);
     case Type::kRefused:
     case Type::kDenied:
       return on_refused(*header, refusal_of(message.data(), message.size()));
@@ -147,14 +180,12 @@ void Client::on_opened(const Header& header, const Opened& opened) {
     const auto opening = openings_.find(header.request);
     if (opening == openings_.end()) return;
     const AccountId id = opening->second;
-    openings_.erase(opening);
     const auto found = entries_.find(id);
     if (found == entries_.end()) {
-      post(0, Close{opened.account, 0});
-      left_.erase(id);
-      answered_.notify_all();
+      post(header.request, Close{opened.account, 0});
       return;
     }
+    openings_.erase(opening);
     Entry& entry = found->second;
     entry.remote = opened.account;
     if (const size_t bytes = std::exchange(entry.unreturned, 0)) post(0, Return{opened.account, 0, bytes});
@@ -171,6 +202,18 @@ void Client::on_opened(const Header& header, const Opened& opened) {
   finish(header.request, std::nullopt);
   if (differs) on_set(*differs);
   changed();
+}
+
+void Client::on_done(const Header& header) {
+  {
+    const Lock lock(mutex_);
+    if (const auto closed = openings_.find(header.request); closed != openings_.end()) {
+      left_.erase(closed->second);
+      openings_.erase(closed);
+      answered_.notify_all();
+    }
+  }
+  finish(header.request, std::nullopt);
 }
 
 void Client::on_refused(const Header& header, const Error& why) {
@@ -268,7 +311,9 @@ void Client::on_ask(const Header& header, const Ask& ask) {
     return answer(0, 0, true);  // the account has gone, and its bytes with it
   }
   const size_t rest = ask.bytes - now.bytes;
-  const bool last = rest == 0 || (worst == Rung::kTrim && now.coming == 0);
+  // Without a thread nobody can be called for the rest.
+  const bool all = rest == 0 || (worst == Rung::kTrim && now.coming == 0);
+  const bool last = all || !has_worker();
   const size_t left = pass - passed.size();
   answer(now.bytes, now.coming, last, std::move(passed));
   if (last) return;

@@ -84,6 +84,8 @@ class Scripted:
         self._passed: list[tuple[int, int]] = []
         self._next = 1
         self._changed = threading.Condition()
+        self._awake = threading.Event()
+        self._awake.set()
         self._stop_reader, self._stop = socket.socketpair()
         Path(self.path).unlink(missing_ok=True)
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -186,7 +188,12 @@ class Scripted:
             with suppress(OSError):
                 client.shutdown(socket.SHUT_RDWR)
 
+    def stand_still(self) -> None:
+        """Hears nothing any more, and takes no connection, until it is closed."""
+        self._awake.clear()
+
     def close(self) -> None:
+        self._awake.set()
         if self._listening.fileno() < 0:
             return
         self._stop.send(b"x")
@@ -199,6 +206,7 @@ class Scripted:
     def _serve(self) -> None:
         while True:
             ready, _, _ = select.select([self._listening, self._stop_reader, *self._clients], [], [])
+            self._awake.wait()
             for end in ready:
                 if end is self._stop_reader:
                     return

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes.conftest import LONG, Machine, MiB, Refused, preload
+from torch_elastic_mem.broker.control import ControlClient
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +118,19 @@ def test_without_a_broker_tenants_go_on_and_the_next_one_learns_what_they_hold(m
     assert state.leased <= state.capacity
 
 
+def await_true(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LONG
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def await_no_account(machine: Machine) -> None:
+    """The broker has seen a process, and knows no account."""
+    await_true(lambda: (state := machine.state()) is not None and not state.accounts)
+    machine.await_leased(0)
+
+
 def test_an_account_that_is_closed_while_the_connection_is_lost_is_closed_at_the_broker_too(
     machine: Machine,
 ) -> None:
@@ -128,13 +142,54 @@ def test_an_account_that_is_closed_while_the_connection_is_lost_is_closed_at_the
         peer("close_account")
     finally:
         os.kill(machine.service.pid, signal.SIGCONT)
-    deadline = time.monotonic() + LONG
-    while (state := machine.state()) is None or state.accounts:
-        assert time.monotonic() < deadline, state
-        time.sleep(0.02)
-    assert state.leased == 0 and peer.process.poll() is None
+    await_no_account(machine)
+    assert peer.process.poll() is None
     other = machine.peer("training")
     assert other("grow", 120 * MiB) == 120 * MiB
+
+
+@pytest.mark.slow
+def test_an_account_that_is_closed_while_the_broker_stands_still_with_a_demand_unread_is_closed_there_too(
+    machine: Machine,
+) -> None:
+    peer = machine.peer("training")
+    os.kill(machine.service.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, machine.service.pid, os.WSTOPPED)
+    try:
+        with pytest.raises(Refused, match="does not answer"):
+            peer("grow", 32 * MiB, 0.1)
+        peer("close_account")
+    finally:
+        os.kill(machine.service.pid, signal.SIGCONT)
+    await_no_account(machine)
+    assert peer.process.poll() is None
+    other = machine.peer("training")
+    assert other("grow", 120 * MiB) == 120 * MiB
+
+
+@pytest.mark.rungs("host")
+def test_a_process_that_may_have_no_more_threads_gives_what_it_can_without_and_goes_on(
+    machine: Machine, tmp_path: Path
+) -> None:
+    full = tmp_path / "full"
+    library = preload(tmp_path, "no_threads")
+    hog = machine.launch("training", LD_PRELOAD=library, TEM_NO_THREADS=str(full)).ready()
+    hog("grow", 120 * MiB)
+    hog("shrink", 40 * MiB)
+    hog("reclaimer", "evict")
+    full.touch()
+    taker = machine.peer("serving")
+    assert taker("grow", 32 * MiB) == 32 * MiB
+    with pytest.raises(Refused, match="free"):
+        taker("grow", 64 * MiB, 1.0)
+    assert hog("held") >= 80 * MiB
+    with ControlClient(machine.service.directory / "control.sock") as control:
+        control.set_limits("training", {"max": 64 * MiB})
+    time.sleep(0.3)
+    assert hog("was_asked") == [], "nobody can be called"
+    full.unlink()
+    await_true(lambda: hog("held") <= 64 * MiB)
+    assert taker("grow", 64 * MiB) == 96 * MiB
 
 
 def test_a_tenant_that_stands_still_while_the_broker_is_replaced_is_waited_for(machine: Machine) -> None:
