@@ -1,5 +1,5 @@
 // The thread for what takes long: reclaimers, waits for fences, changed limits.
-#include <system_error>
+#include <exception>
 #include <utility>
 
 #include "client/client.hpp"
@@ -19,7 +19,7 @@ void Client::add_chore(Chore chore) {
 bool Client::has_worker() {
   try {
     if (!worker_.joinable()) worker_ = std::thread([self = shared_from_this()] { self->work(); });
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {
     return false;
   }
   return true;

@@ -176,8 +176,8 @@ void Client::close(AccountId id) {
     Call closing{Type::kClose, id};
     try {
       call(lock, closing, deadline_in(kAnswer));
-    } catch (const Error& error) {
-      if (error.kind() != Kind::kBroker) throw;
+    } catch (const Error&) {
+      if (closing.done || stopping_) throw;
       return part(id);
     }
   } else if (found->second.refused.empty()) {
@@ -249,7 +249,6 @@ void Client::changed() noexcept {
 }
 
 void Client::stop(bool nothing_left) noexcept {
-  const Deadline deadline = deadline_in(kLastWords);
   {
     const Lock lock(mutex_);
     if (stopping_) return;
@@ -264,7 +263,7 @@ void Client::stop(bool nothing_left) noexcept {
   }
   connection_.wake();
   if (receiver_.joinable()) receiver_.join();
-  tell_left(deadline);
+  tell_left(deadline_in(kLastWords));
   if (nothing_left) post(0, Bye{});
   connection_.disconnect();
   // A reclaimer that let go of the arena's last reference ends it from here.

@@ -90,9 +90,12 @@ void Client::tell_left(Deadline deadline) noexcept {
     const Lock lock(mutex_);
     return !left_.empty();
   };
-  const auto opens = [this](const Header& header) {
+  // The broker's own questions have numbers too.
+  const auto is_answer = [this](const Header& header) {
+    const auto type = static_cast<Type>(header.type);
     const Lock lock(mutex_);
-    return openings_.count(header.request) != 0;
+    return (type == Type::kOpened || type == Type::kDone || type == Type::kRefused) &&
+           openings_.count(header.request) != 0;
   };
   try {
     Bytes message;
@@ -107,7 +110,7 @@ void Client::tell_left(Deadline deadline) noexcept {
       if (event == Connection::Event::kGone) lose();
       if (event != Connection::Event::kMessage) continue;
       const auto header = header_of(message.data(), message.size());
-      if (header && opens(*header)) handle(message, {});
+      if (header && is_answer(*header)) handle(message, {});
     }
   } catch (const std::exception&) {
     // No broker, or none that can be told.
