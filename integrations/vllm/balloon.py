@@ -16,6 +16,10 @@ from torch_elastic_mem.integrations.vllm import compat
 from torch_elastic_mem.integrations.vllm.compaction import Chunk, Hole
 
 
+# Blocks that are counted without a pause: a step that is to run waits for less than 0.1 ms.
+AT_ONCE = 1024
+
+
 class Pool(Protocol):
     """What of vLLM's `BlockPool` is used here."""
 
@@ -139,7 +143,7 @@ class Balloon:
         By chunk rather than by block: what is cached beside it goes with a block in any case.
         """
         read = self._read_chunks()
-        free, cached, used = self._survey()
+        free, cached, used = self._survey(count + len(read))
         costs = [
             Cost(cached[chunk], used[chunk], -chunk)
             for chunk in range(1, self.num_chunks)
@@ -192,19 +196,23 @@ class Balloon:
             self._pool.evict_blocks({to})
             compat.exchange(self._pool, source, to)
 
-    def _survey(self) -> tuple[list[int], list[int], list[int]]:
+    def _survey(self, empty: int | None = None) -> tuple[list[int], list[int], list[int]]:
         """By chunk: free blocks, those of them with something cached, how late the last of these was used.
 
-        It looks at the free blocks alone.
+        It looks at the free blocks alone, and at none that is cached if so many chunks are empty already: vLLM
+        keeps the cached ones behind the others.
         """
-        size = self._size
+        size, found = self._size, 0
         free, cached, used = ([start] * self.num_chunks for start in (0, 0, -1))
         for place, block in enumerate(self._free()):
             chunk = block.block_id // size
-            free[chunk] += 1
             if compat.hash_of(block) is not None:
+                if empty is not None and found >= empty:
+                    break
                 cached[chunk] += 1
                 used[chunk] = place
+            free[chunk] += 1
+            found += free[chunk] == size and not cached[chunk]
         return free, cached, used
 
     def _free(self) -> Iterator[Any]:
@@ -242,15 +250,20 @@ class Balloon:
 
         pool.get_new_blocks = get_new_blocks
 
-    def counts(self) -> Counts:
+    def counts(self, between: Callable[[], object] = lambda: None) -> Counts:
         """How many blocks are in what state: looks at each of them.
 
         Where the owner's lock is not held they may be a few blocks off.
+
+        Args:
+            between: called between some of them and the next, so that others may run.
         """
         in_use, parked = self.in_use(), self.parked_blocks
-        blocks = self._pool.blocks
-        hashes = map(compat.hash_of, blocks)
-        cached = sum(not block.ref_cnt and key is not None for block, key in zip(blocks, hashes, strict=True))
+        blocks, cached = self._pool.blocks, 0
+        for start in range(0, len(blocks), AT_ONCE):
+            some = blocks[start : start + AT_ONCE]
+            cached += sum(not block.ref_cnt and compat.hash_of(block) is not None for block in some)
+            between()
         return Counts(in_use, cached, max(0, len(blocks) - 1 - in_use - cached - parked), parked)
 
     def in_use(self) -> int:

@@ -56,6 +56,7 @@ class Elastic(Base):
         specs = compat.specs(self.kv_cache_config)
         self._block_sizes = [spec.block_size for spec in specs]
         self._states = sum(map(compat.states, specs))
+        self._of_tokens = sum(type(compat.layers(spec)[0]).__name__ != "MambaSpec" for spec in specs)
         balloon = Balloon(
             pool, size, -(-ahead // size), self._copies.blocks, lambda: compat.deferred_blocks(self)
         )
@@ -143,6 +144,9 @@ class Elastic(Base):
 
         A few for each request that runs, and for those to be admitted all that their prompts need: vLLM
         admits a request only if the whole of it fits. Where none runs, the first is admitted.
+
+        For sure a request that runs takes, of a group whose blocks are filled by tokens, no more than the new
+        tokens would fill alone: its blocks hold all that are computed, and ceil(a + b) <= ceil(a) + ceil(b).
         """
         tokens = self.max_num_scheduled_tokens
         waiting: list[int] = []
@@ -153,7 +157,8 @@ class Elastic(Base):
             tokens -= request.num_tokens - request.num_computed_tokens
         running = self._running_blocks()
         most = running + sum(waiting) + (self._watermark() if waiting else 0)
-        return Needs(running, running + (0 if self.running else sum(waiting[:1])), most)
+        least = running - self._of_tokens * len(self.running)
+        return Needs(running, least + (0 if self.running else sum(waiting[:1])), most)
 
     def _blocks_of(self, request: Any) -> int:
         """Blocks that the whole of a request that waits may take."""
@@ -170,7 +175,7 @@ class Elastic(Base):
         return int(self.scheduler_config.watermark * blocks)
 
     def _running_blocks(self) -> int:
-        """Blocks that running requests may take in the next step."""
+        """Blocks that running requests may take in the next step, and one each for a later one."""
         lookahead = 1 + self.num_spec_tokens + self.num_lookahead_tokens
         running = sum(1 + -(-lookahead // size) for size in self._block_sizes) * len(self.running)
         left = [request.num_tokens - request.num_computed_tokens for request in self._inflight_prefills]

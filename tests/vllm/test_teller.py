@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -23,7 +23,8 @@ class Engine:
         self._counts = list(counts)
         self._error = error
 
-    def counts(self) -> Counts:
+    def counts(self, between: Callable[[], object]) -> Counts:
+        between()
         found = self._counts.pop(0) if len(self._counts) > 1 else self._counts[0]
         self.looks.put(found)
         return found
