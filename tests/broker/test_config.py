@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from tests.programs import ROOT
 from torch_elastic_mem.broker import paths
 from torch_elastic_mem.broker.config import Config, merge, parse, read_table
 from torch_elastic_mem.errors import InvalidArgument
@@ -102,6 +105,12 @@ def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     for name in ("x.toml", "missing.toml"):
         with pytest.raises(InvalidArgument, match=name):
             read_table(tmp_path / name)
+
+
+def test_the_configuration_that_the_docs_show_is_one() -> None:
+    (shown,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "operating.md").read_text(), re.DOTALL)
+    config = parse(tomllib.loads(shown))
+    assert config.grant_of(1000).max_value == 1000 and config.limits[0].max == "40GiB"
 
 
 def test_the_directory_is_that_of_the_environment() -> None:

@@ -91,6 +91,21 @@ def test_nobody_is_asked_above_the_rung_of_the_demand() -> None:
     assert training.asks() == []
 
 
+def test_a_brief_demand_for_what_is_cheap_keeps_nothing_from_who_needs_it_where_nobody_has_it() -> None:
+    world = World()
+    above, below = two(world, 100, 100)
+    above.get(60)
+    below.get(25)
+    patient = above.demand(20, rung=1, timeout=5.0)
+    world.wait(0.01)
+    assert above.waits(patient), "it may ask again"
+    above.withdraw(patient)
+    brief = above.demand(20, rung=1, timeout=0.05)
+    world.wait(0.01)
+    assert "others were asked up to 'evict'" in above.denied(brief).reason
+    assert below.get(5) == 5
+
+
 def test_only_free_memory_counts_where_the_demand_says_so() -> None:
     world = World()
     training, serving = two(world)

@@ -57,8 +57,14 @@ class Need:
         return True
 
     def rest(self, now: float) -> None:
-        """Starts again from below, after a while that doubles."""
+        """Starts again from below, after a while that doubles.
+
+        What may ask only for what is cheap, and is over before it could ask again, is over now: meanwhile it
+        would keep what is free from whoever needs it more, and who asks so briefly does without.
+        """
         self.rest_until = now + min(LONGEST_REST, FIRST_REST * 2 ** min(self.rests, 8))
+        if not self.rests and self.top <= EVICT and self.rest_until >= self.deadline:
+            self.deadline = now
         self.rests += 1
         self.rung = 0
         self.exhausted.clear()
