@@ -188,7 +188,7 @@ class Served:
             self.pressing.grow(wanted, timeout=60.0)
 
     def step(self) -> set[int]:
-        """A step whose requests all get a token; the blocks that it may touch and that have no memory then."""
+        """A step whose requests all get a token; the blocks that it may touch without memory under them."""
         from vllm.v1.outputs import ModelRunnerOutput
 
         output = self.scheduler.schedule()
