@@ -15,7 +15,6 @@ from typing import Any, Protocol
 from torch_elastic_mem.integrations.vllm import compat
 from torch_elastic_mem.integrations.vllm.compaction import Chunk, Hole
 
-
 # Blocks that are counted without a pause: a step that is to run waits for less than 0.1 ms.
 AT_ONCE = 1024
 
@@ -199,8 +198,8 @@ class Balloon:
     def _survey(self, empty: int | None = None) -> tuple[list[int], list[int], list[int]]:
         """By chunk: free blocks, those of them with something cached, how late the last of these was used.
 
-        It looks at the free blocks alone, and at none that is cached if so many chunks are empty already: vLLM
-        keeps the cached ones behind the others.
+        It looks at the free blocks alone, and at none that is cached if so many chunks are empty already:
+        vLLM keeps the cached ones behind the others.
         """
         size, found = self._size, 0
         free, cached, used = ([start] * self.num_chunks for start in (0, 0, -1))

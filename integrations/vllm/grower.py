@@ -13,8 +13,8 @@ from torch_elastic_mem.errors import OutOfMemory, TemError
 log = logging.getLogger("vllm.torch_elastic_mem")
 
 # After a refusal nothing is asked for this long, unless memory is seen to have come free: whoever holds it
-# has just been asked for it. Who is refused what is cheap over and over rests longer each time, up to a bound:
-# it has cached blocks of its own to use, and others' demands wait behind its own.
+# has just been asked for it. Who is refused what is cheap over and over rests longer each time, up to a
+# bound: it has cached blocks of its own to use, and others' demands wait behind its own.
 REST, LONGEST_REST = 0.1, 0.8
 # The dearest that others may be asked for: what is unused and cached of lower classes, while an engine would
 # rather not give up what it has cached itself; everything, once it has not even that.

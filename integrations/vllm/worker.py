@@ -152,8 +152,12 @@ class Elastic(Base):
             compat.make_block_major(kv_cache_config)
             regions = compat.regions(kv_cache_config)
         except compat.Unsupported as reason:
-            self._leave_alone(compat.Unsupported(f"{reason}; it has the size of one that shares its device: "
-                "give it another by --kv-cache-memory-bytes, or start it without TEM_ENABLE=1"))
+            self._leave_alone(
+                compat.Unsupported(
+                    f"{reason}; it has the size of one that shares its device: "
+                    "give it another by --kv-cache-memory-bytes, or start it without TEM_ENABLE=1"
+                )
+            )
             return None
         return ElasticCache(self.elastic_account, kv_cache_config.num_blocks, regions)
 
