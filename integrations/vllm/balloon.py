@@ -37,6 +37,9 @@ class Pool(Protocol):
     def get_num_free_blocks(self) -> int:
         """Those without a holder."""
 
+    def get_cached_block(self, block_hash: Any, kv_cache_group_ids: list[int]) -> list[Any] | None:
+        """In which block of each group this is kept; None if it is not in all of them."""
+
     def get_new_blocks(self, num_blocks: int) -> Any:
         """Hands some out."""
 
@@ -154,6 +157,11 @@ class Balloon:
         """Chunks that come free by themselves: those that are read yet, and what is deferred, at best."""
         read = sum(self.held(chunk) == [] for chunk in self._read_chunks())
         return read + -(-self._deferred() // self._size)
+
+    def held_prefix(self, hashes: Iterable[Any]) -> int:
+        """How many of the first of these, of a pool with one group, are in blocks that requests hold."""
+        found = (self._pool.get_cached_block(each, [0]) for each in hashes)
+        return sum(1 for _ in takewhile(lambda blocks: blocks and blocks[0].ref_cnt, found))
 
     def _read_chunks(self) -> set[int]:
         return {number // self._size for number in self._read()}

@@ -161,9 +161,17 @@ class Elastic(Base):
         return Needs(running, least + (0 if self.running else sum(waiting[:1])), most)
 
     def _blocks_of(self, request: Any) -> int:
-        """Blocks that the whole of a request that waits may take."""
+        """Blocks that the whole of a request that waits may take.
+
+        Of a long one what others hold is taken off, as of a preamble that all have: it is found by a look at
+        each block. The last token is computed in any case.
+        """
         tokens = request.num_tokens + self.num_lookahead_tokens
-        return self._states + sum(-(-tokens // size) + 1 for size in self._block_sizes)
+        blocks = self._states + sum(-(-tokens // size) + 1 for size in self._block_sizes)
+        if blocks <= self._low or len(self._block_sizes) > 1:
+            return blocks
+        shared = self.elastic.balloon.held_prefix(request.block_hashes)
+        return blocks - min(shared, (request.num_tokens - 1) // self._block_sizes[0])
 
     def _first_waiting(self) -> int:
         """Blocks of who is to be admitted next: its prompt may be longer than what a step computes."""

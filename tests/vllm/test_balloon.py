@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from tests.vllm.pools import cached, fill, free_ids, leave, pool_of, take, unhashed_first
+from tests.vllm.pools import cached, fill, free_ids, hash_of, leave, pool_of, take, unhashed_first
 from torch_elastic_mem.integrations.vllm.balloon import Balloon, Counts
 from torch_elastic_mem.integrations.vllm.compaction import Chunk
 
@@ -34,6 +34,19 @@ def test_every_block_but_the_null_block_is_in_one_state() -> None:
     pool.free_blocks(held)
     balloon.park([1])
     assert balloon.counts() == Counts(in_use=0, cached=0, free=15, parked=16)
+
+
+def test_of_a_prefix_those_blocks_count_that_somebody_holds_up_to_the_first_that_nobody_does() -> None:
+    pool = pool_of(32)
+    balloon = Balloon(pool, 4, resident=8)
+    leave(pool, [4, 5, 6, 7, 8])
+    hashes = [hash_of(content) for content in (4, 5, 6, 7, 9)]
+    assert balloon.held_prefix(hashes) == 0
+    take(pool, [4, 5, 7])
+    assert balloon.held_prefix(hashes) == 2
+    take(pool, [6])
+    assert balloon.held_prefix(hashes) == 4
+    assert balloon.held_prefix([]) == 0
 
 
 def test_the_chunk_of_the_null_block_is_neither_parked_nor_offered() -> None:

@@ -260,6 +260,18 @@ def test_no_step_touches_a_block_without_memory_however_it_is_squeezed(served: S
     assert served.came == 20
 
 
+@pytest.mark.parametrize("served", ["dense"], indirect=True)
+def test_what_others_hold_of_a_long_prompt_is_not_to_be_had_once_more(served: Served) -> None:
+    served.add("first", 1000, seed=1)
+    while served.scheduler.requests["first"].num_computed_tokens < 1000:
+        assert not served.step()
+    served.add("alike", 1001, seed=1)
+    served.add("another", 1001, seed=2)
+    alike, another = compat.waiting(served.scheduler)
+    assert served.scheduler._blocks_of(another) == 64
+    assert served.scheduler._blocks_of(alike) == 2
+
+
 @pytest.mark.parametrize("drafts", [0, 1, 3, 7, 16])
 @pytest.mark.parametrize("seqs", [2, 64, 256])
 @pytest.mark.parametrize("model", ["dense", "windows", "states", "states and drafts"])
