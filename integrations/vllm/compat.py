@@ -181,10 +181,9 @@ def _whole(size: int, num_blocks: int) -> Region:
     return Region(size, size // num_blocks)
 
 
-def waiting(scheduler: Any) -> Iterator[Any]:
-    """The requests that wait to be admitted, in the order of its queues."""
-    for name in ("kv_holding_waiting", "waiting", "skipped_waiting"):
-        yield from getattr(scheduler, name, ())
+def queues(scheduler: Any) -> list[Iterable[Any]]:
+    """The queues of the requests that wait to be admitted. Which of them comes first differs."""
+    return [getattr(scheduler, name, ()) for name in ("kv_holding_waiting", "waiting", "skipped_waiting")]
 
 
 def preempt(scheduler: Any, request: Any) -> None:

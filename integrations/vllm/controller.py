@@ -24,11 +24,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 from torch_elastic_mem.errors import InUseError
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
+from torch_elastic_mem.integrations.vllm.demand import Demand, Needs
 from torch_elastic_mem.integrations.vllm.grower import Grower
 from torch_elastic_mem.integrations.vllm.memory import EngineMemory
 from torch_elastic_mem.integrations.vllm.mover import Mover
@@ -43,37 +43,6 @@ EVICT, SHRINK, PAUSE = "evict", "shrink", "pause"
 LONGEST = 10.0
 
 
-@dataclass(slots=True, eq=False)
-class Demand:
-    """Bytes somebody wants of this engine, until a moment of the monotonic clock, and what that may cost."""
-
-    nbytes: int
-    rung: str
-    deadline: float
-    served: threading.Event = field(default_factory=threading.Event)
-    over: bool = False  # who asked waits no longer
-
-    @property
-    def left(self) -> float:
-        """Seconds until the deadline."""
-        return max(0.0, self.deadline - time.monotonic())
-
-
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """Blocks that an engine's requests may take in the next step.
-
-    Attributes:
-        running: those that run.
-        least: what is taken for sure, or a request is preempted, or nothing runs.
-        most: those that run and those that may be admitted.
-    """
-
-    running: int
-    least: int
-    most: int
-
-
 class Controller:
     """One engine's. Thread-safe.
 
@@ -82,10 +51,16 @@ class Controller:
         balloon: what the pool may use.
         preempt: takes the blocks of the request that matters least; False when none runs.
         needs: of the next step; called with the lock held, where blocks may be short or others want them.
+        goes_on: whether steps are to come, before which requests can be preempted; likewise.
     """
 
     def __init__(
-        self, cache: EngineMemory, balloon: Balloon, preempt: Callable[[], bool], needs: Callable[[], Needs]
+        self,
+        cache: EngineMemory,
+        balloon: Balloon,
+        preempt: Callable[[], bool],
+        needs: Callable[[], Needs],
+        goes_on: Callable[[], bool] = lambda: True,
     ) -> None:
         self.lock = threading.RLock()
         self.balloon = balloon
@@ -93,6 +68,7 @@ class Controller:
         self._cache = cache
         self._preempt = preempt
         self._needs = needs
+        self._goes_on = goes_on
         self.mover: Mover | None = None  # where blocks can move
         self._steps = 0  # scheduled, and not wholly on the stream; all below are guarded by the lock
         self._demands: list[Demand] = []
@@ -322,11 +298,10 @@ class Controller:
     def _coming(self, demand: Demand) -> int:
         """Bytes that come free by themselves, and go before those of running requests.
 
-        What is on its way to this engine, chunks that a KV connector has yet to copy, and blocks that vLLM
-        keeps for steps in flight. Of two that grow at once each would wait for the other, but peers as a rule
-        do not ask so dearly, and of two classes one does not.
+        What is on its way to this engine, for a moment: what has not been granted waits behind the demand.
+        Chunks that a KV connector has yet to copy, and blocks that vLLM keeps for steps in flight.
         """
-        if demand.rung == PAUSE and self.grower.working:
+        if demand.rung == PAUSE and self.grower.working and time.monotonic() < demand.since + PATIENCE:
             return demand.nbytes
         if not (chunks := self.balloon.coming()):
             return 0
@@ -340,7 +315,9 @@ class Controller:
             return True
         if not self.balloon.in_use():
             return False
-        return demand.rung == PAUSE or (self.mover is not None and self.mover.could(self._kept_for(demand)))
+        if demand.rung == PAUSE:
+            return self._goes_on()
+        return self.mover is not None and self.mover.could(self._kept_for(demand))
 
     def _end(self, demand: Demand) -> None:
         if demand.rung == SHRINK and demand.nbytes > 0 and self.balloon.in_use():
@@ -352,7 +329,8 @@ class Controller:
         """Gives what it owes, as far as it has come free. Who is still short asks again."""
         if self._debt <= 0:
             return
-        self._give(self._debt, self._needs().running)
+        if time.monotonic() < self._debt_until:
+            self._give(self._debt, self._needs().running)
         if time.monotonic() >= self._debt_until or not self.balloon.in_use():
             self._debt, self._debt_until = 0, 0.0
 

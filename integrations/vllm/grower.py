@@ -140,7 +140,7 @@ class Grower:
                 self._at_work, short = chunks, self._short
                 self._short = short and bool(self._asked)
             got = self._grow(chunks, *((SHORT, None) if short else (WARM, BRIEF)))
-            room = self._memory.room()
+            room = self._seen_room()
             with self._changed:
                 self._at_work = []
                 again = self._refused and not self._refused_short and room <= self._room
@@ -160,7 +160,16 @@ class Grower:
                 elif not self._asked:
                     self._short = False
                 self._changed.notify_all()
-            self._on_done()
+            try:
+                self._on_done()
+            except Exception:
+                log.exception("a demand on the KV cache waits for the next step")
+
+    def _seen_room(self) -> int:
+        try:
+            return self._memory.room()
+        except TemError:  # its account is being closed
+            return 0
 
     def _grow(self, chunks: list[int], rung: str, timeout: float | None) -> list[int]:
         """Those that got memory: all, or as many of the first as there is room for."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 
 from torch_elastic_mem.integrations.vllm import compat
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache, find, forget
 from torch_elastic_mem.integrations.vllm.connectors import Copies
-from torch_elastic_mem.integrations.vllm.controller import Controller, Needs
+from torch_elastic_mem.integrations.vllm.controller import Controller
+from torch_elastic_mem.integrations.vllm.demand import Needs
 from torch_elastic_mem.integrations.vllm.mover import Mover
 from torch_elastic_mem.integrations.vllm.worker import first_blocks
 
@@ -28,6 +31,8 @@ log = logging.getLogger("vllm.torch_elastic_mem")
 
 # Of what the largest step may use, the part that a growth brings beyond it.
 MARGIN = 8
+# Who waits so holds blocks.
+HOLDING = {RequestStatus.WAITING_FOR_REMOTE_KVS, RequestStatus.WAITING_FOR_STREAMING_REQ}
 
 
 class Elastic(Base):
@@ -61,7 +66,7 @@ class Elastic(Base):
             pool, size, -(-ahead // size), self._copies.blocks, lambda: compat.deferred_blocks(self)
         )
         # It may be asked for memory from here on.
-        self.elastic = Controller(cache, balloon, self._preempt_last, self._needs)
+        self.elastic = Controller(cache, balloon, self._preempt_last, self._needs, self._goes_on)
         if isinstance(cache, ElasticCache):
             self.elastic.mover = self._mover(cache)
         self._memory = cache
@@ -150,7 +155,7 @@ class Elastic(Base):
         """
         tokens = self.max_num_scheduled_tokens
         waiting: list[int] = []
-        for request in compat.waiting(self):
+        for request in chain.from_iterable(self._to_admit()):
             if tokens <= 0:
                 break
             waiting.append(self._blocks_of(request))
@@ -168,14 +173,22 @@ class Elastic(Base):
         """
         tokens = request.num_tokens + self.num_lookahead_tokens
         blocks = self._states + sum(-(-tokens // size) + 1 for size in self._block_sizes)
-        if blocks <= self._low or len(self._block_sizes) > 1:
+        if blocks <= self._low or len(self._block_sizes) > 1 or request.skip_reading_prefix_cache:
             return blocks
         shared = self.elastic.balloon.held_prefix(request.block_hashes)
         return blocks - min(shared, (request.num_tokens - 1) // self._block_sizes[0])
 
     def _first_waiting(self) -> int:
-        """Blocks of who is to be admitted next: its prompt may be longer than what a step computes."""
-        return next(map(self._blocks_of, compat.waiting(self)), 0)
+        """Blocks of who is to be admitted next: a prompt may be longer than what a step computes.
+
+        Which queue is first differs between releases, and with what is guided.
+        """
+        firsts = (next(queue, None) for queue in self._to_admit())
+        return max((self._blocks_of(first) for first in firsts if first is not None), default=0)
+
+    def _to_admit(self) -> list[Iterator[Any]]:
+        """Who waits for blocks, by queue: those that load, or wait for their client, have theirs."""
+        return [(each for each in queue if each.status not in HOLDING) for queue in compat.queues(self)]
 
     def _watermark(self) -> int:
         """Blocks that vLLM keeps free when it admits somebody beside others: a part of those with memory."""
@@ -221,8 +234,12 @@ class Elastic(Base):
             cache,
             self.elastic.balloon,
             lambda blocks: compat.tables_with(self, blocks),
-            lambda: bool(self.running) and self.pause_state != PauseState.PAUSED_ALL,
+            self._goes_on,
         )
+
+    def _goes_on(self) -> bool:
+        """Whether requests run, and steps of theirs are to come."""
+        return bool(self.running) and self.pause_state != PauseState.PAUSED_ALL
 
     def _preempt_last(self) -> bool:
         """Preempts the request that vLLM itself would."""

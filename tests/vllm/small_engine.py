@@ -11,7 +11,8 @@ from tests.vllm.pools import free_ids, pool_of, take
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache
 from torch_elastic_mem.integrations.vllm.compat import Region
-from torch_elastic_mem.integrations.vllm.controller import Controller, Needs
+from torch_elastic_mem.integrations.vllm.controller import Controller
+from torch_elastic_mem.integrations.vllm.demand import Needs
 
 MiB = 1 << 20
 BLOCKS = 32

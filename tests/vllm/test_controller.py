@@ -12,7 +12,9 @@ pytest.importorskip("vllm")
 import torch_elastic_mem as tem
 from tests.vllm.pools import cached, leave
 from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Demand, Engine
-from torch_elastic_mem.integrations.vllm.controller import Needs
+from torch_elastic_mem.integrations.vllm import controller
+from torch_elastic_mem.integrations.vllm.demand import Needs
+from torch_elastic_mem.integrations.vllm.grower import Grower
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -137,6 +139,33 @@ def test_for_a_demand_that_may_preempt_the_engines_thread_preempts_as_much_as_it
     assert demand.ended() is True
     assert full.preempted_by == [threading.get_ident()] * 2
     assert full.balloon.parked == 6
+    full.assert_sound()
+
+
+def test_what_an_engine_has_asked_for_itself_keeps_a_higher_class_waiting_for_a_moment_only(
+    full: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full.hold(*range(1, 20))
+    full.hold(*range(20, BLOCKS))
+    monkeypatch.setattr(Grower, "working", property(lambda self: True))
+    demand = Demand(full, 2 * CHUNK)
+    assert demand.waits("pause")
+    full.step()
+    assert full.preempted_by == [], "it may come yet"
+    monkeypatch.setattr(controller, "PATIENCE", 0.0)
+    full.step()
+    assert demand.ended() is True and len(full.preempted_by) == 1
+    full.assert_sound()
+
+
+def test_nobody_waits_for_preemptions_where_no_step_is_to_come(
+    full: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full.hold(*range(1, 30))
+    monkeypatch.setattr(full.controller, "_goes_on", lambda: False)
+    with pytest.raises(tem.OutOfMemory):
+        full.pressing.grow(2 * CHUNK, timeout=LONG)
+    assert full.balloon.parked == 1 and full.demands() == []
     full.assert_sound()
 
 

@@ -18,7 +18,8 @@ from torch_elastic_mem.integrations.vllm import grower as grower_module
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache
 from torch_elastic_mem.integrations.vllm.compat import Region
-from torch_elastic_mem.integrations.vllm.controller import Controller, Needs
+from torch_elastic_mem.integrations.vllm.controller import Controller
+from torch_elastic_mem.integrations.vllm.demand import Needs
 from torch_elastic_mem.integrations.vllm.grower import SHORT, WARM
 
 pytestmark = pytest.mark.timeout(60)

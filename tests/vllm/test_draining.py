@@ -12,7 +12,7 @@ import torch_elastic_mem as tem
 from tests.arena.watch import comes_true
 from tests.vllm.facts import facts
 from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Engine, MiB
-from torch_elastic_mem.integrations.vllm.controller import Needs
+from torch_elastic_mem.integrations.vllm.demand import Needs
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -267,9 +267,23 @@ def test_what_others_hold_of_a_long_prompt_is_not_to_be_had_once_more(served: Se
         assert not served.step()
     served.add("alike", 1001, seed=1)
     served.add("another", 1001, seed=2)
-    alike, another = compat.waiting(served.scheduler)
+    alike, another = served.scheduler.waiting
     assert served.scheduler._blocks_of(another) == 64
     assert served.scheduler._blocks_of(alike) == 2
+    alike.skip_reading_prefix_cache = True
+    assert served.scheduler._blocks_of(alike) == 64
+
+
+@pytest.mark.parametrize("served", ["dense"], indirect=True)
+def test_a_long_prompt_is_made_room_for_behind_who_waits_for_its_client(served: Served) -> None:
+    from vllm.v1.request import RequestStatus
+
+    for name, length in (("session", 40), ("long", 1800)):
+        served.add(name, length, seed=3)
+    session, long = served.scheduler.waiting
+    session.status = RequestStatus.WAITING_FOR_STREAMING_REQ
+    assert served.scheduler._first_waiting() == served.scheduler._blocks_of(long) == 114
+    assert served.scheduler._needs().most < 2 * 114
 
 
 @pytest.mark.parametrize("drafts", [0, 1, 3, 7, 16])

@@ -14,7 +14,7 @@ import torch_elastic_mem as tem
 from tests.broker.service import Service
 from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Engine, MiB
 from tests.vllm.test_mover import Runner
-from torch_elastic_mem.integrations.vllm.controller import Needs
+from torch_elastic_mem.integrations.vllm.demand import Needs
 
 pytestmark = pytest.mark.timeout(60)
 ALL = 100 * MiB

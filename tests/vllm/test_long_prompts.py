@@ -9,7 +9,7 @@ pytest.importorskip("vllm")
 from tests.vllm.facts import facts
 from tests.vllm.pools import free_ids
 from tests.vllm.small_engine import LONG, Engine
-from torch_elastic_mem.integrations.vllm.controller import Needs
+from torch_elastic_mem.integrations.vllm.demand import Needs
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -19,7 +19,7 @@ from tests.vllm.pools import cached, fill, find, free_ids, leave
 from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Demand, Engine
 from torch_elastic_mem.integrations.vllm.cache import BlockTables
 from torch_elastic_mem.integrations.vllm.controller import Demand as Wanted
-from torch_elastic_mem.integrations.vllm.controller import Needs
+from torch_elastic_mem.integrations.vllm.demand import Needs
 from torch_elastic_mem.integrations.vllm.mover import Mover
 
 pytestmark = pytest.mark.timeout(60)
