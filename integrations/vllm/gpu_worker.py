@@ -47,6 +47,7 @@ class ElasticWorker(Elastic, Worker):
         finally:
             config.kv_cache_memory_bytes = given
         arena = self.open_elastic_account(room)
+        self.sized_by_account = True
         own = torch.cuda.max_memory_reserved(self.device)
         sleeps = 0 if self.elastic_sleep is None else self.elastic_sleep.bytes
         in_account = account_of_torch(arena.device) is not None

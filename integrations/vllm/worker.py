@@ -36,6 +36,7 @@ class Elastic(Base):
     elastic_cache: ElasticCache | None = None
     elastic_sleep: Sleep | None = None
     elastic_rank: Rank | None = None
+    sized_by_account = False  # rather than by a share of the device
 
     def open_elastic_account(self, nbytes: int | None) -> Arena:
         """Opens the account that the KV cache is charged to, and in sleep mode the weights.
@@ -152,12 +153,12 @@ class Elastic(Base):
             compat.make_block_major(kv_cache_config)
             regions = compat.regions(kv_cache_config)
         except compat.Unsupported as reason:
-            self._leave_alone(
-                compat.Unsupported(
-                    f"{reason}; it has the size of one that shares its device: "
-                    "give it another by --kv-cache-memory-bytes, or start it without TEM_ENABLE=1"
+            self._leave_alone(reason)
+            if self.sized_by_account:
+                log.warning(
+                    "that cache has the size of one that shares its device: give it another by "
+                    "--kv-cache-memory-bytes, or start the engine without TEM_ENABLE=1"
                 )
-            )
             return None
         return ElasticCache(self.elastic_account, kv_cache_config.num_blocks, regions)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes.conftest import LONG, Machine, MiB, Refused, preload
+from tests.processes.conftest import LONG, Machine, MiB, Peer, Refused, preload
 from torch_elastic_mem.broker.control import ControlClient
 
 
@@ -131,6 +131,14 @@ def await_no_account(machine: Machine) -> None:
     machine.await_leased(0)
 
 
+def assert_let_go(machine: Machine, peer: Peer) -> None:
+    """The broker has no account of a process that lives, and another may have all."""
+    await_no_account(machine)
+    assert peer.process.poll() is None
+    other = machine.peer("training")
+    assert other("grow", 120 * MiB) == 120 * MiB
+
+
 def test_an_account_that_is_closed_while_the_connection_is_lost_is_closed_at_the_broker_too(
     machine: Machine,
 ) -> None:
@@ -142,10 +150,7 @@ def test_an_account_that_is_closed_while_the_connection_is_lost_is_closed_at_the
         peer("close_account")
     finally:
         os.kill(machine.service.pid, signal.SIGCONT)
-    await_no_account(machine)
-    assert peer.process.poll() is None
-    other = machine.peer("training")
-    assert other("grow", 120 * MiB) == 120 * MiB
+    assert_let_go(machine, peer)
 
 
 @pytest.mark.slow
@@ -161,10 +166,7 @@ def test_an_account_that_is_closed_while_the_broker_stands_still_with_a_demand_u
         peer("close_account")
     finally:
         os.kill(machine.service.pid, signal.SIGCONT)
-    await_no_account(machine)
-    assert peer.process.poll() is None
-    other = machine.peer("training")
-    assert other("grow", 120 * MiB) == 120 * MiB
+    assert_let_go(machine, peer)
 
 
 @pytest.mark.rungs("host")

@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from torch_elastic_mem.errors import InvalidArgument
 from torch_elastic_mem.integrations.vllm import gpu_worker
+from torch_elastic_mem.integrations.vllm import worker as module
 from torch_elastic_mem.integrations.vllm.compat import Unsupported
 from torch_elastic_mem.integrations.vllm.cpu_worker import ElasticCPUWorker
 from torch_elastic_mem.integrations.vllm.gpu_worker import ElasticWorker
@@ -73,6 +74,24 @@ def test_a_cache_has_what_the_accounts_max_leaves_beside_the_weights_in_it() -> 
     assert worker.within_its_limit(20 * GiB, 17 * GiB) == 20 * GiB
     with pytest.raises(InvalidArgument, match=r"max is 40 GiB, and .* take 40 GiB of it: nothing is left"):
         worker.within_its_limit(80 * GiB, 40 * GiB)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_where_a_layout_is_refused_after_the_cache_was_sized_as_ours_the_warning_says_so(
+    ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise Unsupported("its layout is unknown")
+
+    told: list[str] = []
+    monkeypatch.setattr(module.compat, "specs", lambda _: [])
+    monkeypatch.setattr(module.compat, "require_on_device", refuse)
+    monkeypatch.setattr(module.log, "warning", lambda text, *args: told.append(text % args))
+    worker = made(ElasticWorker)
+    worker.sized_by_account = ours
+    assert worker._new_cache(None) is None
+    assert "leaves this engine's KV cache alone: its layout is unknown" in told[0]
+    assert ["--kv-cache-memory-bytes" in each for each in told[1:]] == [True] * ours
 
 
 def test_an_engine_without_a_cache_warms_up_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
