@@ -52,6 +52,8 @@ class Squeezing:
         self._steps = 0
         self._arena = core.model_executor.driver_worker.worker.elastic_arena
         confine(self._arena, self.cache)
+        # Where chunks share extents at their edges, one of them lies on more than its own bytes.
+        self._most = max(self.cache.bytes_under([chunk]) for chunk in range(self.cache.num_chunks))
         account = self._arena.account("pressing", tem.PriorityClass("pressing", 10**6))
         self._range = account.range("1GiB")
         self._asking: threading.Thread | None = None
@@ -109,7 +111,7 @@ class Squeezing:
             blocks = self.elastic.balloon.in_use() + 1 + SPARE
         dense = -(-blocks // self.cache.chunk_blocks)
         try:
-            self._range.grow(self._arena.capacity - dense * self.cache.chunk_bytes, timeout=60.0)
+            self._range.grow(self._arena.capacity - dense * self._most, timeout=60.0)
             self.met.append(True)
         except tem.OutOfMemory:
             self.met.append(False)
