@@ -174,8 +174,10 @@ class Arena : public std::enable_shared_from_this<Arena> {
   /// Exports ahead what idle accounts would pass on next, for exporting takes longer than all else of a
   /// yield. True if there is more to do.
   bool make_ready_to_pass() noexcept;
-  /// Limits were changed from outside.
-  void limits_changed(AccountId id, const std::string& priority, const Limits& limits, Deadline deadline);
+  /// Limits were changed from outside: notes them. Who holds more than they allow is brought under them by
+  /// `enforce_limits`, as often as it takes.
+  void limits_changed(AccountId id, const std::string& priority, const Limits& limits);
+  void enforce_limits(AccountId id, Deadline deadline);
   /// Calls `visit` with what each account is leased, under the arena's lock: nothing is returned meanwhile.
   void visit_leases(const std::function<void(AccountId id, size_t lease)>& visit);
 

@@ -8,8 +8,9 @@ namespace tem {
 size_t Arena::apply_limits(Lock& lock, AccountId id, Deadline deadline) {
   const Limits limits = ledger_.at(id).limits;
   changed_.notify_all();
-  if (ledger_.at(id).held > limits.high) trim_self(lock, id, limits.high, Rung::kEvict, deadline);
+  // The dearer one first: it asks for what is cheap before, and has all of the time.
   if (ledger_.at(id).held > limits.max) trim_self(lock, id, limits.max, Rung::kPause, deadline);
+  if (ledger_.at(id).held > limits.high) trim_self(lock, id, limits.high, Rung::kEvict, deadline);
   settle_spare();
   const size_t held = ledger_.at(id).held;
   return held > limits.max ? held - limits.max : 0;
@@ -52,11 +53,15 @@ size_t Arena::set_capacity(const Options& wanted, Deadline deadline) {
   return ledger_.overdrawn();
 }
 
-void Arena::limits_changed(AccountId id, const std::string& priority, const Limits& limits,
-                           Deadline deadline) {
-  Lock lock = this->lock();
+void Arena::limits_changed(AccountId id, const std::string& priority, const Limits& limits) {
+  const Lock lock = this->lock();
   ledger_.set_limits(id, limits);
   tallies_.at(id).priority = priority;
+  changed_.notify_all();
+}
+
+void Arena::enforce_limits(AccountId id, Deadline deadline) {
+  Lock lock = this->lock();
   apply_limits(lock, id, deadline);
 }
 

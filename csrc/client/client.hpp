@@ -65,6 +65,7 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
     size_t held = 0, idle = 0;       // as last reported
     uint32_t rungs = 0;
     Blocks blocks{};
+    bool enforcing = false;  // its limits, by a chore
   };
   /// A question that somebody waits with.
   struct Call {
@@ -97,6 +98,7 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
   void on_passed(const Header& header, const PassedOn& passed, std::vector<Fd> descriptors);
   void on_set(const Set& set);
   void finish(uint64_t request, std::optional<Error> error);
+  void enforce(AccountId id);
   void report();
   void add_chore(Chore chore);
   bool has_worker();

@@ -1,4 +1,4 @@
-// The receiving thread: what the broker says, and what is reported to it.
+// The receiving thread: what the broker says.
 #include <algorithm>
 #include <utility>
 
@@ -7,9 +7,7 @@
 namespace tem::client {
 namespace {
 
-constexpr double kAgain = 0.1;    // seconds between attempts to find a broker
-constexpr double kReports = 0.1;  // between reports
-constexpr double kLook = 1.0;     // between looks at what is idle, which moves without a word
+constexpr double kAgain = 0.1;  // seconds between attempts to find a broker
 
 }  // namespace
 
@@ -345,45 +343,12 @@ void Client::on_set(const Set& set) {
       found->second.priority = priority;
     }
   }
-  add_chore([id = *id, limits, priority](Arena& arena) {
-    try {
-      arena.limits_changed(id, priority, limits, deadline_in(1.0));
-    } catch (const Error&) {
-      // Closed meanwhile.
-    }
-  });
-}
-
-void Client::report() {
-  dirty_ = false;
-  next_report_ = deadline_in(kReports);
-  next_look_ = deadline_in(kLook);
-  ArenaState state;
   try {
-    state = arena_->state();
+    arena_->limits_changed(*id, priority, limits);
   } catch (const Error&) {
-    return;  // closed
+    return;  // closed meanwhile
   }
-  const Lock lock(mutex_);
-  for (const AccountState& account : state.accounts) {
-    const auto found = entries_.find(account.holding.id);
-    if (found == entries_.end() || !found->second.remote) continue;
-    if (question(found->first, Type::kClose) != nullptr) continue;
-    Entry& entry = found->second;
-    const size_t idle = account.idle.ready + account.idle.pending;
-    uint32_t rungs = 0;
-    for (const Rung rung : account.rungs) rungs |= 1U << static_cast<uint32_t>(rung);
-    const Blocks& blocks = account.blocks;
-    if (entry.held == account.holding.held && entry.idle == idle && entry.rungs == rungs &&
-        entry.blocks == blocks)
-      continue;
-    entry.held = account.holding.held;
-    entry.idle = idle;
-    entry.rungs = rungs;
-    entry.blocks = blocks;
-    post(0, Report{*entry.remote, rungs, entry.held, entry.idle, blocks.in_use, blocks.cached, blocks.free,
-                   blocks.parked});
-  }
+  enforce(*id);
 }
 
 }  // namespace tem::client
