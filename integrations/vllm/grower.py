@@ -73,6 +73,11 @@ class Grower:
         with self._changed:
             return bool(self._at_work)
 
+    @property
+    def here(self) -> bool:
+        """Whether the calling thread is the one that gets memory."""
+        return threading.current_thread() is self._thread
+
     def resting(self, short: bool = False) -> bool:
         """Whether memory has just been refused to one in such a need."""
         rest = REST if short else min(REST * 2**self._again, max(REST, LONGEST_REST))

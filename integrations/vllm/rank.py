@@ -46,8 +46,9 @@ class Rank:
         self._closed = False
         self._growths: queue.SimpleQueue[line.Grow | None] = queue.SimpleQueue()
         cache.on_enqueued = self.step_enqueued
-        for run in (self._hear, self._grow):
-            threading.Thread(target=run, name="tem-rank", daemon=True).start()
+        self._growing = threading.Thread(target=self._grow, name="tem-rank", daemon=True)
+        for thread in (threading.Thread(target=self._hear, name="tem-rank", daemon=True), self._growing):
+            thread.start()
 
     def step_begins(self, number: int) -> None:
         """The worker's thread is about to run a step; all before it is on the stream."""
@@ -176,6 +177,8 @@ class Rank:
 
     def _asked(self, rung: str, nbytes: int, timeout: float) -> None:
         """Passes a demand on the rank's account on to the scheduler, and waits until it has been met."""
+        if threading.current_thread() is self._growing:
+            return  # as an engine of one rank: it does not give up blocks to grow
         deadline = time.monotonic() + timeout
         served = threading.Event()
         with self._changed:

@@ -143,6 +143,23 @@ def test_of_a_growth_comes_what_there_is_room_for(small: Engine) -> None:
     small.assert_sound()
 
 
+def test_at_its_own_limit_an_engine_gives_nothing_up_to_grow(
+    small: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0.01)
+    small.cache.account.set_limits(max=6 * CHUNK)
+    small.hold(1)
+    for _ in range(2):
+        small.step(needed=10, ahead=10)
+        small.controller.grower.wait(LONG)
+    leave(small.pool, free_ids(small.pool))
+    for _ in range(2):
+        small.step(needed=18, ahead=18)
+        small.controller.grower.wait(LONG)
+    assert (small.balloon.resident(), small.preempted_by, small.demands()) == ([*range(6)], [], [])
+    small.assert_sound()
+
+
 def test_memory_that_does_not_come_is_waited_for_no_longer_than_patience(
     small: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,6 +226,18 @@ def test_demands_of_one_rank_add_up(engine: Engine) -> None:
     assert len(first.chunks()) == BLOCKS // 2 - 7, "nor is one counted that has been met"
 
 
+def test_at_its_own_limit_a_rank_is_not_asked_for_what_it_wants(engine: Engine) -> None:
+    asked: list[float] = []
+    engine.ranks.on_reclaim(lambda nbytes, timeout: asked.append(nbytes), "evict")
+    assert comes_true(lambda: all(each.rank._reclaimers for each in engine.ones))
+    engine.ranks.ensure([1, 2])
+    engine.ones[0].cache.account.set_limits(max=2 * CHUNK)
+    with pytest.raises(tem.OutOfMemory, match="max is 4 MiB"):
+        engine.ranks.ensure([3])
+    assert comes_true(lambda: engine.chunks() == [[1, 2], [1, 2]]), "what the other one got has gone"
+    assert asked == []
+
+
 def test_what_a_demand_did_not_get_is_not_owed_to_the_next(engine: Engine) -> None:
     first, _ = engine.ones
     asked: list[float] = []
