@@ -1,6 +1,7 @@
 """Which releases of vLLM this integration knows, and what differs between them.
 
-Nothing else here asks for a version; what differs in sleep is in `compat_sleep`.
+Nothing else here asks for a version; what differs in sleep is in `compat_sleep`,
+what kinds of layers keep in `compat_layers`.
 
 Facts, each read in the release's wheel:
 
@@ -14,8 +15,6 @@ Facts, each read in the release's wheel:
   are handed out (`needs_kv_cache_zeroing`); a state is not read before it is written. In other models a block
   only ever holds keys and values of one type, so what was in it is finite. Memory that comes to a cache here
   is zeros, or was the same cache's.
-* For a request a group of states takes `num_speculative_blocks` beyond those that its tokens fill, at once.
-  The V2 runner's warm-up does so for as many requests as a step may have, in blocks counted from 1.
 * A kernel loads keys and values by tiles, of which a part may lie below a layer's window: it is loaded and
   masked, though its blocks have been freed by then. 0.33's V2 runner names the null block there; others leave
   the freed blocks' numbers in their tables. 0.33 itself can retain tokens below a window, by the same method.
@@ -54,17 +53,6 @@ import torch
 from torch_elastic_mem.errors import TemError
 
 KNOWN = ("0.26", "0.32", "0.33")
-# Kinds of layers whose blocks are read by requests that hold them, and by nobody else.
-LAYERS = {
-    "ChunkedLocalAttentionSpec",
-    "FullAttentionSpec",
-    "MLAAttentionSpec",
-    "MambaSpec",
-    "SinkFullAttentionSpec",
-    "SlidingWindowMLASpec",
-    "SlidingWindowSpec",
-    "TQFullAttentionSpec",
-}
 # The layers of which nothing is kept by a block's number but what `exchange` and `write_tables` write. Those
 # of a kind derived from these are others.
 MOVABLE = {"FullAttentionSpec", "SlidingWindowSpec"}
@@ -356,32 +344,6 @@ def other_ranks(parallel: Any) -> str | None:
     return None
 
 
-def require_known_layers(specs: Iterable[Any]) -> None:
-    """Refuses layers whose blocks may be read while no request holds them.
-
-    Args:
-        specs: what each layer, or each group of them, keeps.
-
-    Raises:
-        Unsupported: some are of a kind that is not known here.
-    """
-    each = [layer for spec in specs for layer in layers(spec)]
-    if any(getattr(getattr(layer, "kv_quant_mode", None), "is_per_token_head", False) for layer in each):
-        raise Unsupported("its KV cache is quantized by token and head, and its scales are written whole")
-    if unknown := sorted({type(layer).__name__ for layer in each} - LAYERS):
-        raise Unsupported(f"its KV cache has layers of kinds that are not known here: {', '.join(unknown)}")
-
-
-def require_on_device(config: Any) -> None:
-    """Refuses a configuration of which a part lies in host memory.
-
-    Raises:
-        Unsupported: one does.
-    """
-    if any(getattr(tensor, "host_resident", False) for tensor in config.kv_cache_tensors):
-        raise Unsupported("part of its KV cache lies in host memory")
-
-
 def specs(config: Any) -> list[Any]:
     """What each group of layers keeps."""
     return [group.kv_cache_spec for group in config.kv_cache_groups]
@@ -390,9 +352,3 @@ def specs(config: Any) -> list[Any]:
 def layers(spec: Any) -> list[Any]:
     """What the layers of a group keep: one kind of spec, but layers may differ in the size of their heads."""
     return list(getattr(spec, "kv_cache_specs", {"": spec}).values())
-
-
-def states(spec: Any) -> int:
-    """Blocks of a group that a request takes beyond those its tokens fill."""
-    names = ("num_speculative_blocks", "num_prefill_checkpoint_blocks")
-    return sum(getattr(layers(spec)[0], name, 0) for name in names)

@@ -247,7 +247,7 @@ class Controller:
 
     def _asked(self, rung: str, nbytes: int, timeout: float) -> None:
         if self.grower.here:
-            # At its own limit an engine queues requests. It would give up blocks, and pause requests, to grow.
+            # At its own limit an engine queues requests: to grow it would give up blocks and pause requests.
             return
         demand = Demand(nbytes, rung, time.monotonic() + timeout)
         # A broker grants nothing to one that answers late, and a step may hold the lock for longer than that.

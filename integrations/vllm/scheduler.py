@@ -13,7 +13,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from torch_elastic_mem.integrations.vllm import compat
+from torch_elastic_mem.integrations.vllm import compat, compat_layers
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache, find, forget
 from torch_elastic_mem.integrations.vllm.connectors import Copies
@@ -60,7 +60,9 @@ class Elastic(Base):
         compat.retain_tiles(self)
         specs = compat.specs(self.kv_cache_config)
         self._block_sizes = [spec.block_size for spec in specs]
-        self._states = sum(map(compat.states, specs))
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self._most = [compat_layers.most(manager) for manager in managers]
+        self._states = sum(map(compat_layers.states, specs))
         self._of_tokens = sum(type(compat.layers(spec)[0]).__name__ != "MambaSpec" for spec in specs)
         balloon = Balloon(
             pool, size, -(-ahead // size), self._copies.blocks, lambda: compat.deferred_blocks(self)
@@ -172,7 +174,10 @@ class Elastic(Base):
         each block. The last token is computed in any case.
         """
         tokens = request.num_tokens + self.num_lookahead_tokens
-        blocks = self._states + sum(-(-tokens // size) + 1 for size in self._block_sizes)
+        blocks = self._states + sum(
+            min(-(-tokens // size), most) + 1
+            for size, most in zip(self._block_sizes, self._most, strict=True)
+        )
         if blocks <= self._low or len(self._block_sizes) > 1 or request.skip_reading_prefix_cache:
             return blocks
         shared = self.elastic.balloon.held_prefix(request.block_hashes)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch_elastic_mem.account import Group
 from torch_elastic_mem.broker.paths import tenants_socket
 from torch_elastic_mem.errors import InvalidArgument
-from torch_elastic_mem.integrations.vllm import compat, connectors, line
+from torch_elastic_mem.integrations.vllm import compat, compat_layers, connectors, line
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache, arena_of, keep, open_account
 from torch_elastic_mem.integrations.vllm.rank import Rank
 from torch_elastic_mem.integrations.vllm.sleep import Sleep
@@ -128,7 +128,7 @@ class Elastic(Base):
         """
         specs = list(self.get_kv_cache_spec().values())
         try:
-            compat.require_known_layers(specs)
+            compat_layers.require_known_layers(specs)
             # Without its manager of hybrid caches vLLM is about to make one kind of all.
             if not self.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
                 connectors.require_whole_layers(self.vllm_config.kv_transfer_config, specs)
@@ -147,8 +147,8 @@ class Elastic(Base):
         """The cache, without memory; None if it cannot be elastic."""
         specs = compat.specs(kv_cache_config)
         try:
-            compat.require_known_layers(specs)
-            compat.require_on_device(kv_cache_config)
+            compat_layers.require_known_layers(specs)
+            compat_layers.require_on_device(kv_cache_config)
             connectors.require_whole_layers(self.vllm_config.kv_transfer_config, specs)
             compat.make_block_major(kv_cache_config)
             regions = compat.regions(kv_cache_config)
@@ -248,6 +248,6 @@ def first_blocks(vllm_config: Any, kv_cache_config: Any) -> int:
     needed = 1
     for group in kv_cache_config.kv_cache_groups:
         spec = group.kv_cache_spec
-        each = -(-each_tokens // spec.block_size) + compat.states(spec)
+        each = -(-each_tokens // spec.block_size) + compat_layers.states(spec)
         needed += -(-tokens // spec.block_size) + each * scheduling.max_num_seqs
     return min(needed, kv_cache_config.num_blocks)

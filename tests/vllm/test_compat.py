@@ -27,7 +27,7 @@ from vllm.v1.kv_cache_interface import (
     MLAAttentionSpec,
 )
 
-from torch_elastic_mem.integrations.vllm import compat
+from torch_elastic_mem.integrations.vllm import compat, compat_layers
 from torch_elastic_mem.integrations.vllm.compat import Region, Unsupported
 
 OLD = "shared_by" in {field.name for field in fields(KVCacheTensor)}
@@ -242,7 +242,7 @@ CAPS = ("self._max_admission_blocks_per_request", "self.max_admission_blocks_per
 def test_scales_that_are_written_whole_are_refused() -> None:
     spec = SimpleNamespace(kv_quant_mode=SimpleNamespace(is_per_token_head=True))
     with pytest.raises(compat.Unsupported, match="by token and head"):
-        compat.require_known_layers([spec])
+        compat_layers.require_known_layers([spec])
     assert "def is_per_token_head" in inspect.getsource(kv_cache_interface)
 
 

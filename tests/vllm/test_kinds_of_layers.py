@@ -22,7 +22,7 @@ from vllm.v1.core import kv_cache_utils
 import torch_elastic_mem as tem
 from benchmarks.vllm import shapes
 from torch_elastic_mem.integrations.vllm import cache as caches
-from torch_elastic_mem.integrations.vllm import compat
+from torch_elastic_mem.integrations.vllm import compat, compat_layers
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache
 from torch_elastic_mem.integrations.vllm.worker import first_blocks
 
@@ -260,6 +260,20 @@ def test_no_step_touches_a_block_without_memory_however_it_is_squeezed(served: S
     assert served.came == 20
 
 
+@pytest.mark.parametrize(
+    "served", [name for name in MODELS if "window" in name or "state" in name], indirect=True
+)
+def test_of_windows_and_states_a_long_prompt_needs_what_vllm_admits_it_by(served: Served) -> None:
+    served.add("long", 1000, seed=1)
+    (request,) = served.scheduler.waiting
+    needed, taken = served.scheduler._blocks_of(request), 0
+    while not request.output_token_ids:
+        assert not served.step()
+        taken = max(taken, served.scheduler.elastic.balloon.in_use())
+    groups = len(served.scheduler.kv_cache_config.kv_cache_groups)
+    assert taken <= needed <= taken + 3 * groups
+
+
 @pytest.mark.parametrize("served", ["dense"], indirect=True)
 def test_what_others_hold_of_a_long_prompt_is_not_to_be_had_once_more(served: Served) -> None:
     served.add("first", 1000, seed=1)
@@ -296,7 +310,7 @@ def test_vllms_warm_up_stays_within_the_first_blocks(
 
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
     specs = {name.partition(".")[0]: spec for name, spec in MODELS[model].items()}.values()
-    if any(compat.states(spec) for spec in specs):
+    if any(compat_layers.states(spec) for spec in specs):
         drafts = DRAFTS
     speculating = SimpleNamespace(num_speculative_tokens=drafts) if drafts else None
     scheduling = SimpleNamespace(max_num_seqs=seqs, max_num_batched_tokens=2048)
@@ -348,5 +362,5 @@ def test_a_cache_that_may_be_read_where_nobody_holds_it_is_refused(how: str) -> 
             group.kv_cache_spec = SimpleNamespace(kv_cache_specs=specs | {"other": other})
     config = SimpleNamespace(kv_cache_groups=[group], kv_cache_tensors=[tensor])
     with pytest.raises(compat.Unsupported, match=r"CrossAttentionSpec|host memory"):
-        compat.require_known_layers(compat.specs(config))
-        compat.require_on_device(config)
+        compat_layers.require_known_layers(compat.specs(config))
+        compat_layers.require_on_device(config)

@@ -85,7 +85,7 @@ def test_where_a_layout_is_refused_after_the_cache_was_sized_as_ours_the_warning
 
     told: list[str] = []
     monkeypatch.setattr(module.compat, "specs", lambda _: [])
-    monkeypatch.setattr(module.compat, "require_on_device", refuse)
+    monkeypatch.setattr(module.compat_layers, "require_on_device", refuse)
     monkeypatch.setattr(module.log, "warning", lambda text, *args: told.append(text % args))
     worker = made(ElasticWorker)
     worker.sized_by_account = ours
