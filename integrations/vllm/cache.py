@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -87,6 +87,7 @@ class ElasticCache:
         # connector, which loads blocks on streams of its own, might be there first.
         self._filling: Any = None
         self._let_go: set[int] = set()  # chunks whose memory may not have gone yet
+        self._backed: set[int] = set()  # chunks that have memory, and have not been let go
         # Regions of one shape are stripes of one cache: their extents come and go together.
         self._parts: list[tuple[ElasticKVTensor, int]] = []
         self._free: dict[int, list[torch.Tensor]] = {}
@@ -109,6 +110,7 @@ class ElasticCache:
         self.chunk_blocks = blocks
         self.num_chunks = -(-self.num_blocks // blocks)
         self.chunk_bytes = blocks * self.block_bytes
+        self._all_apart = all(self._apart(region, extent) for region in self._regions)
         self.freed_bytes = 0
         for region in self._regions:
             whole = blocks * region.block_bytes // extent - (not self._apart(region, extent))
@@ -121,19 +123,19 @@ class ElasticCache:
             region.layers == 1 or end * region.block_bytes % extent == 0
         )
 
-    def bytes_under(self, chunks: Iterable[int]) -> int:
+    def bytes_under(self, chunks: Collection[int]) -> int:
         """The most that memory under these chunks takes: all extents that they touch."""
+        return sum(len(self._touched(region, chunks)) for region in self._regions) * self._extent_bytes
+
+    def _touched(self, region: Region, chunks: Collection[int]) -> set[int]:
         extent, size, end = self._extent_bytes, self.chunk_blocks, self.num_blocks
         runs = [(chunk * size, min((chunk + 1) * size, end)) for chunk in chunks]
-        total = 0
-        for region in self._regions:
-            touched: set[int] = set()
-            for layer in range(region.layers):
-                for first, last in runs:
-                    start, stop = ((layer * end + block) * region.block_bytes for block in (first, last))
-                    touched.update(range(start // extent, -(-stop // extent)))
-            total += len(touched) * extent
-        return total
+        touched: set[int] = set()
+        for layer in range(region.layers):
+            for first, last in runs:
+                start, stop = ((layer * end + block) * region.block_bytes for block in (first, last))
+                touched.update(range(start // extent, -(-stop // extent)))
+        return touched
 
     def _extent(self, pieces: int) -> int:
         granularity = self.account.device.granularity
@@ -165,9 +167,18 @@ class ElasticCache:
         return [block for chunk in chunks for block in range(chunk * size, min((chunk + 1) * size, end))]
 
     def freed(self, chunks: Iterable[int]) -> int:
-        """Bytes that giving up these chunks frees at least; of a last one that is short, none is promised."""
-        whole = self.num_blocks // self.chunk_blocks
-        return self.freed_bytes * sum(chunk < whole for chunk in chunks)
+        """Bytes that giving up these chunks frees, beside those that have memory and stay.
+
+        Where no extents are shared, none are promised of a last one that is short.
+        """
+        given = set(chunks)
+        if self._all_apart:
+            return self.freed_bytes * sum(chunk < self.num_blocks // self.chunk_blocks for chunk in given)
+        last = self.num_chunks - 1
+        beside = {chunk + step for chunk in given for step in (-1, 1)} | {0, last - 1, last}
+        staying = (beside & self._backed) - given
+        alone = (self._touched(each, given) - self._touched(each, staying) for each in self._regions)
+        return sum(map(len, alone)) * self._extent_bytes
 
     def use_stream(self) -> None:
         """The calling thread's current stream is the one whose work touches the cache from now on."""
@@ -207,6 +218,7 @@ class ElasticCache:
                 for part, numbers in done:
                     part.release(numbers)
             raise
+        self._backed.update(chunks)
 
     @contextmanager
     def _zeroed(self) -> Iterator[None]:
@@ -222,6 +234,7 @@ class ElasticCache:
         """Lets the memory under these chunks go, after all that the stream has been given so far."""
         chunks = list(chunks)
         self._let_go.update(chunks)
+        self._backed.difference_update(chunks)
         blocks = self.blocks(chunks)
         with torch.cuda.stream(self._stream):
             for part, layers in self._parts:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 
@@ -366,14 +367,13 @@ class Controller:
         most = max(0, self.balloon.free_blocks - keep) // self._cache.chunk_blocks if keep else None
         if most == 0:
             return 0
-        wanted = -(-nbytes // self._cache.freed_bytes)
-        found = self.balloon.cheapest(wanted + 1)[:most]
-        chunks = found[:wanted]
-        if self._cache.freed(chunks) < nbytes:  # the short one is among them, or there are no more
-            chunks = found
+        found = self.balloon.cheapest(-(-nbytes // self._cache.freed_bytes) + 1)[:most]
+        # Neighbours that go together free more than each of them alone, and a short last one less.
+        enough = bisect_left(range(1, len(found)), nbytes, key=lambda n: self._cache.freed(found[:n]))
+        chunks = found[: enough + 1]
+        freed = self._cache.freed(chunks)
         if chunks:
             self.balloon.park(chunks)
             self._cache.release(chunks)
-        freed = self._cache.freed(chunks)
         self._debt = max(0, self._debt - freed)
         return freed

@@ -65,7 +65,7 @@ class EngineMemory(Protocol):
         """Whose demands are answered."""
 
     def freed(self, chunks: Iterable[int]) -> int:
-        """What giving up these chunks frees at least."""
+        """What giving up these chunks frees; while they have memory."""
 
     def use_stream(self) -> None:
         """The calling thread's stream is the one whose work touches the cache."""

@@ -55,8 +55,9 @@ class Mover:
         self._cache.copy(found.moves)
         self._cache.on_moved(self._tables({block for _, block in found.moves}))
         self._balloon.park(found.freed)
+        given = self._cache.freed(found.freed)
         self._cache.release(found.freed)
-        return self._cache.freed(found.freed)
+        return given
 
     def _room(self, keep: int) -> bool:
         """Whether all that could be on a chunk finds a place on others: free blocks are on chunks in use."""

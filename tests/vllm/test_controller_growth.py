@@ -10,15 +10,10 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import torch_elastic_mem as tem
-from tests.vllm.pools import free_ids, leave, pool_of
+from tests.vllm.pools import free_ids, leave
 from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Demand, Engine, MiB
 from torch_elastic_mem.integrations.vllm import controller as module
 from torch_elastic_mem.integrations.vllm import grower as grower_module
-from torch_elastic_mem.integrations.vllm.balloon import Balloon
-from torch_elastic_mem.integrations.vllm.cache import ElasticCache
-from torch_elastic_mem.integrations.vllm.compat import Region
-from torch_elastic_mem.integrations.vllm.controller import Controller
 from torch_elastic_mem.integrations.vllm.demand import Needs
 from torch_elastic_mem.integrations.vllm.grower import SHORT, WARM
 
@@ -325,43 +320,6 @@ def test_what_was_to_come_when_it_closed_is_given_back_too(small: Engine) -> Non
     small.step(needed=1, ahead=9)
     small.controller.close()
     assert small.cache.account.held == 0
-
-
-class Odd:
-    """An engine whose neighbouring chunks share extents, on an arena that it fills."""
-
-    def __init__(self, blocks: int) -> None:
-        nbytes = blocks * (700 << 10)
-        self.arena = tem.Arena("host", capacity=-(-nbytes // CHUNK) * CHUNK, reserve=(0, 0), broker=None)
-        account = self.arena.account("engine", "serving")
-        self.cache = ElasticCache(account, blocks, [Region(nbytes, 700 << 10)])
-        self.cache.ensure(range(self.cache.num_chunks))
-        self.pool = pool_of(blocks)
-        self.balloon = Balloon(self.pool, self.cache.chunk_blocks, self.cache.num_chunks)
-        self.controller = Controller(self.cache, self.balloon, lambda: False, lambda: Needs(0, 0, 0))
-        self.pressing = self.arena.account("pressing", tem.PriorityClass("pressing", 10**6)).range("64MiB")
-
-    def rungs(self) -> set[str]:
-        return {record.rung for record in self.arena.yields()}
-
-
-def test_a_demand_is_met_where_the_coldest_chunks_are_scattered(engines: list[Any]) -> None:
-    odd = Odd(144)
-    engines.append(odd)
-    assert odd.cache.num_chunks > 9
-    chunks = range(1, odd.cache.num_chunks)
-    for chunk in [*chunks[::2], *chunks[1::2]]:
-        leave(odd.pool, [block.block_id for block in odd.balloon.of(chunk)])
-    odd.pressing.grow(3 * odd.cache.freed_bytes, timeout=LONG)
-    assert (odd.rungs(), odd.balloon.parked) == ({"evict"}, 3)
-
-
-def test_a_short_last_chunk_does_not_count_where_it_frees_less(engines: list[Any]) -> None:
-    odd = Odd(49)
-    engines.append(odd)
-    assert len(odd.balloon.of(odd.cache.num_chunks - 1)) == 1
-    odd.pressing.grow(odd.cache.freed_bytes, timeout=LONG)
-    assert (odd.rungs(), odd.balloon.parked) == ({"evict"}, 2)
 
 
 def test_who_has_cached_blocks_to_use_asks_others_for_no_more_than_what_is_cheap(
