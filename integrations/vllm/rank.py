@@ -72,7 +72,7 @@ class Rank:
             for message in self._line.messages():
                 self._heed(message)
         finally:
-            self._end()
+            self.close()
 
     def _heed(self, message: line.Message) -> None:
         match message:

@@ -264,6 +264,18 @@ def test_an_engine_that_has_lost_a_rank_does_not_grow(engine: Engine) -> None:
         engine.ranks.ensure([1])
 
 
+def test_a_rank_that_cannot_carry_out_an_order_is_lost_and_not_waited_for(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(message: line.Message) -> None:
+        raise ValueError(message)
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(engine.ones[1].rank, "_heed", fail)
+    with pytest.raises(tem.OutOfMemory, match="a rank of the engine has ended"):
+        engine.ranks.ensure([1])
+
+
 def test_a_demand_on_a_rank_whose_scheduler_has_gone_ends(engine: Engine) -> None:
     first, _ = engine.ones
     engine.ranks.on_reclaim(lambda nbytes, timeout: engine.ranks.close(), "evict")

@@ -13,6 +13,8 @@ from pathlib import Path
 from checks.shell import BUILD, PYTHON, ROOT, Skipped, run
 
 SUPPORTED = ("3.11", "3.12", "3.13")
+# Of them, where there is one: two steps need not build for the same.
+OF_WHEEL_CUDA = "3.12"
 ARCHIVE = "from setuptools.build_meta import build_sdist; print(build_sdist({folder!r}))"
 BUILD_TOOLS = ("pybind11>=2.13", "setuptools>=77", "wheel")
 
@@ -55,9 +57,9 @@ print(*{file.parents[1] for file in found})
 
 
 def pythons() -> str:
-    """The source archive builds and imports under the other supported interpreters, without torch."""
+    """The source archive builds and imports under other supported interpreters, without torch."""
     running = f"{sys.version_info.major}.{sys.version_info.minor}"
-    others = [version for version in SUPPORTED if version != running]
+    others = [version for version in SUPPORTED if version not in (running, OF_WHEEL_CUDA)]
     found = {version: base for version in others if (base := interpreter(version))}
     if not found:
         raise Skipped(f"no python {' or '.join(others)} on this machine")
@@ -72,7 +74,7 @@ def pythons() -> str:
 
 def wheel_cuda() -> str:
     """Both extensions compile against a CUDA torch without nvcc, and are taken by it without a GPU."""
-    python = environment("wheel-cuda", PYTHON)
+    python = environment("wheel-cuda", interpreter(OF_WHEEL_CUDA) or PYTHON)
     pip_install(python, "-r", ROOT / "requirements" / "torch-cuda.txt", *BUILD_TOOLS)
     pip_install(python, "--no-build-isolation", source_archive())
     newest = run(python, "-P", "-c", ALLOCATES).strip()
