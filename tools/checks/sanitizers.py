@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from checks.product import EVERYDAY
@@ -11,12 +12,13 @@ from checks.shell import BUILD, PYTHON, Failed, Skipped, closing_line, run
 
 def asan() -> str:
     """Addresses, leaks of the programs, and undefined behaviour."""
-    passed = programs("address")
     library = BUILD / "address"
     run(
         *(PYTHON, "setup.py", "build", "--build-base", library, "--build-lib", library / "lib"),
         env={"TEM_SANITIZE": "address", "CFLAGS": "-Werror"},
     )
+    (objects,) = library.glob(f"temp.*-{sys.implementation.cache_tag}/csrc")
+    passed = programs("address", objects)
     # The interpreter is not instrumented, so the runtime must come first, and libstdc++ with it: the runtime
     # looks for __cxa_throw once, when the process starts. Leaks are for the programs to find: CPython keeps
     # objects to the end.
@@ -37,14 +39,20 @@ def tsan() -> str:
     return programs("thread")
 
 
-def programs(sanitizer: str) -> str:
-    """Builds and runs tests/cpp with a sanitizer, over a fake driver that has the same."""
+def programs(sanitizer: str, objects: Path | None = None) -> str:
+    """Builds and runs tests/cpp with a sanitizer, over a fake driver that has the same.
+
+    Args:
+        sanitizer: which.
+        objects: a folder with the core, compiled with it already.
+    """
     flag = {"address": "address,undefined", "thread": "thread"}[sanitizer]
     building = f"from build import build; print(build({str(BUILD / 'fake' / sanitizer)!r}, {flag!r}))"
     fake = run(PYTHON, "-c", building, env={"PYTHONPATH": "tests/fake_cuda"}).strip()
     output = run(
         *("make", "--no-print-directory", "-C", "tests/cpp", f"--jobs={os.cpu_count()}", "check"),
         *(f"SANITIZE={sanitizer}", f"OUT={BUILD / 'cpp' / sanitizer}", f"FAKE={fake}"),
+        *(() if objects is None else (f"BUILT={objects}",)),
     )
     passed = sum(line.startswith("passed: ") for line in output.splitlines())
     if not passed:
