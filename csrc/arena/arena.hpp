@@ -175,9 +175,13 @@ class Arena : public std::enable_shared_from_this<Arena> {
   /// yield. True if there is more to do.
   bool make_ready_to_pass() noexcept;
   /// Limits were changed from outside: notes them. Who holds more than they allow is brought under them by
-  /// `enforce_limits`, as often as it takes.
+  /// `enforce_limits`, which may take several attempts.
   void limits_changed(AccountId id, const std::string& priority, const Limits& limits);
-  void enforce_limits(AccountId id, Deadline deadline);
+  struct Enforced {
+    size_t freed;  // bytes
+    size_t above;  // bytes still held above `max`
+  };
+  Enforced enforce_limits(AccountId id, Deadline deadline);
   /// Calls `visit` with what each account is leased, under the arena's lock: nothing is returned meanwhile.
   void visit_leases(const std::function<void(AccountId id, size_t lease)>& visit);
 

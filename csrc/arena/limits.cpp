@@ -60,9 +60,12 @@ void Arena::limits_changed(AccountId id, const std::string& priority, const Limi
   changed_.notify_all();
 }
 
-void Arena::enforce_limits(AccountId id, Deadline deadline) {
+Arena::Enforced Arena::enforce_limits(AccountId id, Deadline deadline) {
   Lock lock = this->lock();
-  apply_limits(lock, id, deadline);
+  const size_t before = ledger_.at(id).held;
+  const size_t above = apply_limits(lock, id, deadline);
+  const size_t held = ledger_.at(id).held;
+  return {before > held ? before - held : 0, above};
 }
 
 }  // namespace tem

@@ -65,7 +65,12 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
     size_t held = 0, idle = 0;       // as last reported
     uint32_t rungs = 0;
     Blocks blocks{};
-    bool enforcing = false;  // its limits, by a chore
+    // Limits that the broker has set, and that are above what is held:
+    bool enforcing = false;  // by a chore, queued or at work
+    bool set_again = false;  // since that began
+    int attempts = 0;        // left
+    double rest = 0;         // seconds from the last to the next
+    Deadline next_attempt{};
   };
   /// A question that somebody waits with.
   struct Call {
@@ -80,6 +85,10 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
     bool taken = false;
     std::optional<Error> error{};
   };
+  // Attempts at limits below what is held that free nothing, and seconds to the second of them; then twice as
+  // long each time.
+  static constexpr int kAttempts = 5;
+  static constexpr double kRest = 1.0;
   using Lock = std::unique_lock<std::mutex>;
   using Chore = std::function<void(Arena&)>;
 
@@ -99,6 +108,7 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
   void on_set(const Set& set);
   void finish(uint64_t request, std::optional<Error> error);
   void enforce(AccountId id);
+  void enforced(AccountId id, size_t freed, size_t above);
   void report();
   void add_chore(Chore chore);
   bool has_worker();

@@ -338,6 +338,7 @@ void Client::on_set(const Set& set) {
   const std::string priority = set.priority.str();
   {
     const Lock lock(mutex_);
+    if (stopping_) return;
     if (const auto found = entries_.find(*id); found != entries_.end()) {
       found->second.limits = limits;
       found->second.priority = priority;
@@ -346,9 +347,17 @@ void Client::on_set(const Set& set) {
   try {
     arena_->limits_changed(*id, priority, limits);
   } catch (const Error&) {
-    return;  // closed meanwhile
+    return;  // closed meanwhile, or it does not go with another account's, of which the next SET tells
   }
-  enforce(*id);
+  const Lock lock(mutex_);
+  if (const auto found = entries_.find(*id); found != entries_.end()) {
+    Entry& entry = found->second;
+    entry.set_again = true;
+    entry.attempts = kAttempts;
+    entry.rest = kRest;
+    entry.next_attempt = Deadline{};
+  }
+  dirty_ = true;
 }
 
 }  // namespace tem::client

@@ -10,22 +10,45 @@ constexpr double kEnforce = 1.0;  // for one attempt at limits; what else is ask
 
 }  // namespace
 
-/// Brings an account under its limits. Who is still above its max, for a step took longer or what it would
-/// give was in use, is seen by report(), and has another attempt.
+/// Brings an account under the limits that the broker has set. A step may take longer than an attempt, or
+/// what it would give be in use: report() sees when it is time for the next. Who has nothing to give is left
+/// alone after a few, for each costs its requests.
 void Client::enforce(AccountId id) {
   {
     const Lock lock(mutex_);
-    if (const auto found = entries_.find(id); found != entries_.end()) found->second.enforcing = true;
+    const auto found = entries_.find(id);
+    if (found == entries_.end()) return;
+    found->second.enforcing = true;
+    found->second.set_again = false;
   }
   add_chore([this, id](Arena& arena) {
+    Arena::Enforced done{0, 0};
     try {
-      arena.enforce_limits(id, deadline_in(kEnforce));
+      done = arena.enforce_limits(id, deadline_in(kEnforce));
     } catch (const Error&) {
       // Closed meanwhile.
     }
-    const Lock lock(mutex_);
-    if (const auto found = entries_.find(id); found != entries_.end()) found->second.enforcing = false;
+    enforced(id, done.freed, done.above);
   });
+}
+
+void Client::enforced(AccountId id, size_t freed, size_t above) {
+  const Lock lock(mutex_);
+  const auto found = entries_.find(id);
+  if (found == entries_.end()) return;
+  Entry& entry = found->second;
+  entry.enforcing = false;
+  if (entry.set_again) return;
+  if (above == 0) {
+    entry.attempts = 0;
+  } else if (freed != 0) {
+    entry.attempts = kAttempts;
+    entry.rest = kRest;
+  } else {
+    --entry.attempts;
+    entry.rest *= 2;
+  }
+  entry.next_attempt = deadline_in(entry.rest);
 }
 
 void Client::report() {
@@ -38,14 +61,15 @@ void Client::report() {
   } catch (const Error&) {
     return;  // closed
   }
-  std::vector<AccountId> above;
+  std::vector<AccountId> due;
   Lock lock(mutex_);
   for (const AccountState& account : state.accounts) {
     const auto found = entries_.find(account.holding.id);
     if (found == entries_.end() || !found->second.remote) continue;
     if (question(found->first, Type::kClose) != nullptr) continue;
     Entry& entry = found->second;
-    if (account.holding.held > entry.limits.max && !entry.enforcing) above.push_back(found->first);
+    if (entry.attempts > 0 && !entry.enforcing && Clock::now() >= entry.next_attempt)
+      due.push_back(found->first);
     const size_t idle = account.idle.ready + account.idle.pending;
     uint32_t rungs = 0;
     for (const Rung rung : account.rungs) rungs |= 1U << static_cast<uint32_t>(rung);
@@ -61,7 +85,7 @@ void Client::report() {
                    blocks.parked});
   }
   lock.unlock();
-  for (const AccountId id : above) enforce(id);
+  for (const AccountId id : due) enforce(id);
 }
 
 }  // namespace tem::client

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -87,7 +88,7 @@ class ElasticCache:
         # connector, which loads blocks on streams of its own, might be there first.
         self._filling: Any = None
         self._let_go: set[int] = set()  # chunks whose memory may not have gone yet
-        self._backed: set[int] = set()  # chunks that have memory, and have not been let go
+        self._backed: set[int] = set()  # chunks that have memory or are about to, and have not been let go
         # Regions of one shape are stripes of one cache: their extents come and go together.
         self._parts: list[tuple[ElasticKVTensor, int]] = []
         self._free: dict[int, list[torch.Tensor]] = {}
@@ -123,17 +124,20 @@ class ElasticCache:
             region.layers == 1 or end * region.block_bytes % extent == 0
         )
 
-    def bytes_under(self, chunks: Collection[int]) -> int:
-        """The most that memory under these chunks takes: all extents that they touch."""
-        return sum(len(self._touched(region, chunks)) for region in self._regions) * self._extent_bytes
+    def bytes_under(self, chunks: Collection[int], beside: Collection[int] = ()) -> int:
+        """The most that memory under these chunks takes: extents that they touch, and those beside do not."""
+        return self._extent_bytes * sum(
+            len(self._touched(each, chunks) - self._touched(each, beside)) * count
+            for each, count in Counter(self._regions).items()
+        )
 
     def _touched(self, region: Region, chunks: Collection[int]) -> set[int]:
         extent, size, end = self._extent_bytes, self.chunk_blocks, self.num_blocks
-        runs = [(chunk * size, min((chunk + 1) * size, end)) for chunk in chunks]
         touched: set[int] = set()
         for layer in range(region.layers):
-            for first, last in runs:
-                start, stop = ((layer * end + block) * region.block_bytes for block in (first, last))
+            for chunk in chunks:
+                blocks = (layer * end + chunk * size, layer * end + min((chunk + 1) * size, end))
+                start, stop = (block * region.block_bytes for block in blocks)
                 touched.update(range(start // extent, -(-stop // extent)))
         return touched
 
@@ -167,18 +171,16 @@ class ElasticCache:
         return [block for chunk in chunks for block in range(chunk * size, min((chunk + 1) * size, end))]
 
     def freed(self, chunks: Iterable[int]) -> int:
-        """Bytes that giving up these chunks frees, beside those that have memory and stay.
-
-        Where no extents are shared, none are promised of a last one that is short.
-        """
+        """Bytes that come free with these chunks; none of a short last one that shares no extent."""
         given = set(chunks)
         if self._all_apart:
             return self.freed_bytes * sum(chunk < self.num_blocks // self.chunk_blocks for chunk in given)
-        last = self.num_chunks - 1
-        beside = {chunk + step for chunk in given for step in (-1, 1)} | {0, last - 1, last}
-        staying = (beside & self._backed) - given
-        alone = (self._touched(each, given) - self._touched(each, staying) for each in self._regions)
-        return sum(map(len, alone)) * self._extent_bytes
+        beside = {each + by for each in given for by in (-1, 1)} | {
+            0,
+            self.num_chunks - 2,
+            self.num_chunks - 1,
+        }
+        return self.bytes_under(given, (beside & self._backed) - given)
 
     def use_stream(self) -> None:
         """The calling thread's current stream is the one whose work touches the cache from now on."""
@@ -206,6 +208,8 @@ class ElasticCache:
         self._await_gone(chunks, self.account.device.seconds(timeout))
         blocks = self.blocks(chunks)
         done: list[tuple[ElasticKVTensor, list[int]]] = []
+        # Before they have: who counts what comes free beside them meanwhile had better count too little.
+        self._backed.update(chunks)
         try:
             with self._zeroed():
                 for part, layers in self._parts:
@@ -217,8 +221,8 @@ class ElasticCache:
             with torch.cuda.stream(self._stream):
                 for part, numbers in done:
                     part.release(numbers)
+            self._backed.difference_update(chunks)
             raise
-        self._backed.update(chunks)
 
     @contextmanager
     def _zeroed(self) -> Iterator[None]:

@@ -247,8 +247,8 @@ class Controller:
             self.grower.ask(self.balloon.next_out(chunks, [*coming, *self._cache.going()]), short)
 
     def _asked(self, rung: str, nbytes: int, timeout: float) -> None:
-        if self.grower.here:
-            # At its own limit an engine queues requests: to grow it would give up blocks and pause requests.
+        if rung != EVICT and self.grower.here:
+            # At its own limit an engine queues requests. It would drain, and pause them, in order to grow.
             return
         demand = Demand(nbytes, rung, time.monotonic() + timeout)
         # A broker grants nothing to one that answers late, and a step may hold the lock for longer than that.

@@ -177,8 +177,8 @@ class Rank:
 
     def _asked(self, rung: str, nbytes: int, timeout: float) -> None:
         """Passes a demand on the rank's account on to the scheduler, and waits until it has been met."""
-        if threading.current_thread() is self._growing:
-            return  # as an engine of one rank: it does not give up blocks to grow
+        if rung != "evict" and threading.current_thread() is self._growing:
+            return  # as an engine of one rank: it pauses nobody in order to grow
         deadline = time.monotonic() + timeout
         served = threading.Event()
         with self._changed:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from functools import partial
+from itertools import pairwise
 
 from tests.arena.watch import comes_true
 from tests.client.conftest import Opened
@@ -19,13 +21,51 @@ def test_what_cannot_go_yet_goes_later_though_nobody_asks_again(opened: Opened, 
 
     def pause(nbytes: int, timeout: float) -> None:
         attempts.append(nbytes)
-        if len(attempts) > 2:
+        if len(attempts) > 1:
             memory.shrink(nbytes)
 
     account.on_reclaim(pause, "pause")
     broker.set_limits(number, "training", Limits(0, max=4 * MiB))
     assert comes_true(lambda: account.held == 4 * MiB)
-    assert attempts == [12 * MiB] * 3
+    assert attempts == [12 * MiB] * 2
+
+
+def test_who_has_nothing_to_give_is_left_alone_after_a_few_attempts(opened: Opened, broker: Scripted) -> None:
+    account, number = opened()
+    memory = account.range("16MiB", extent="2MiB")
+    memory.grow("16MiB")
+    attempts: list[float] = []
+    account.on_reclaim(lambda nbytes, timeout: attempts.append(time.monotonic()), "pause")
+    broker.set_limits(number, "training", Limits(0, max=4 * MiB))
+    other, _ = opened("other")
+    busy = other.range("2MiB", extent="2MiB")
+    # Reports are made all the time meanwhile.
+    while len(attempts) < 3:
+        busy.grow("2MiB")
+        busy.shrink("2MiB")
+    rests = [after - before for before, after in pairwise(attempts)]
+    assert [rest > 0.9 * 2**number for number, rest in enumerate(rests)] == [True] * 2
+
+
+def test_limits_that_a_process_sets_itself_are_its_own_to_wait_for(opened: Opened, broker: Scripted) -> None:
+    account, _ = opened()
+    memory = account.range("16MiB", extent="2MiB")
+    memory.grow("16MiB")
+    attempts: list[int] = []
+
+    def pause(nbytes: int, timeout: float) -> None:
+        attempts.append(nbytes)
+        # Reports are made meanwhile.
+        reports = len(broker.got(Report))
+        account.note_blocks(1, 2, 3, 4)
+        broker.await_count(Report, reports + 1)
+        account.note_blocks(1, 2, 3, 5)
+        broker.await_count(Report, reports + 2)
+        memory.shrink(nbytes)
+
+    account.on_reclaim(pause, "pause")
+    account.set_limits(max="8MiB", timeout=30.0)
+    assert (attempts, account.held) == ([8 * MiB], 8 * MiB)
 
 
 def test_an_attempt_that_takes_long_is_the_only_one(opened: Opened, broker: Scripted) -> None:
@@ -41,7 +81,8 @@ def test_an_attempt_that_takes_long_is_the_only_one(opened: Opened, broker: Scri
         memory.shrink(nbytes)
 
     account.on_reclaim(pause, "pause")
-    broker.set_limits(number, "training", Limits(0, max=4 * MiB))
+    for most in (6, 5, 4):
+        broker.set_limits(number, "training", Limits(0, max=most * MiB))
     # Reports go on meanwhile.
     other, other_number = opened("other")
     kept = []
@@ -50,7 +91,7 @@ def test_an_attempt_that_takes_long_is_the_only_one(opened: Opened, broker: Scri
         kept[-1].grow("2MiB")
         reported = Report(other_number, 0, extents * 2 * MiB, 0)
         assert comes_true(partial(lambda wanted: wanted in broker.got(Report), reported))
-    assert attempts == [12 * MiB]
+    assert len(attempts) == 1
     leave.set()
     assert comes_true(lambda: account.held == 4 * MiB)
 

@@ -138,20 +138,20 @@ def test_of_a_growth_comes_what_there_is_room_for(small: Engine) -> None:
     small.assert_sound()
 
 
-def test_at_its_own_limit_an_engine_gives_nothing_up_to_grow(
-    small: Engine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("limit", ["high", "max"])
+def test_at_its_own_limit_an_engine_gives_up_what_is_cached_to_grow_and_nothing_else(
+    small: Engine, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     monkeypatch.setattr(module, "PATIENCE", 0.01)
-    small.cache.account.set_limits(max=6 * CHUNK)
+    small.cache.account.set_limits(**{limit: 6 * CHUNK})
     small.hold(1)
-    for _ in range(2):
-        small.step(needed=10, ahead=10)
-        small.controller.grower.wait(LONG)
-    leave(small.pool, free_ids(small.pool))
-    for _ in range(2):
+    for _ in range(3):
         small.step(needed=18, ahead=18)
         small.controller.grower.wait(LONG)
-    assert (small.balloon.resident(), small.preempted_by, small.demands()) == ([*range(6)], [], [])
+        leave(small.pool, free_ids(small.pool))
+        assert small.cache.account.held <= 6 * CHUNK
+        assert (small.preempted_by, small.demands(), small.controller.draining) == ([], [], False)
+    small.balloon.unpark(small.controller.grower.take())
     small.assert_sound()
 
 

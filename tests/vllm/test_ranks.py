@@ -228,7 +228,7 @@ def test_demands_of_one_rank_add_up(engine: Engine) -> None:
 
 def test_at_its_own_limit_a_rank_is_not_asked_for_what_it_wants(engine: Engine) -> None:
     asked: list[float] = []
-    engine.ranks.on_reclaim(lambda nbytes, timeout: asked.append(nbytes), "evict")
+    engine.ranks.on_reclaim(lambda nbytes, timeout: asked.append(nbytes), "pause")
     assert comes_true(lambda: all(each.rank._reclaimers for each in engine.ones))
     engine.ranks.ensure([1, 2])
     engine.ones[0].cache.account.set_limits(max=2 * CHUNK)

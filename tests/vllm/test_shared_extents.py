@@ -44,6 +44,32 @@ def test_where_chunks_share_extents_it_is_known_what_comes_free(block_bytes: int
         there |= back
 
 
+def test_beside_a_chunk_whose_memory_is_coming_no_more_is_promised_than_comes_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arena = tem.Arena("host", capacity=1 << 30, reserve=(0, 0), broker=None)
+    region = Region(BLOCKS * 700 * KiB, 700 * KiB)
+    cache = ElasticCache(arena.account("engine", "serving"), BLOCKS, [region])
+    cache.ensure([0])
+    ((part, _),) = cache._parts
+    ensure, promised = part.ensure, []
+
+    def looked_at(*args: Any, **more: Any) -> None:
+        promised.append(cache.freed([0]))
+        ensure(*args, **more)
+        promised.append(cache.freed([0]))
+
+    monkeypatch.setattr(part, "ensure", looked_at)
+    cache.ensure([1])
+    before = cache.account.held
+    cache.release([0])
+    assert promised == [before - cache.account.held] * 2
+    arena.set_capacity(before)
+    with pytest.raises(tem.OutOfMemory):
+        cache.ensure(range(2, cache.num_chunks))
+    assert cache.freed([1]) == cache.account.held, "who did not come does not stay"
+
+
 class Odd:
     """An engine whose neighbouring chunks share extents, on an arena that it fills."""
 
