@@ -88,7 +88,8 @@ class ElasticCache:
         # connector, which loads blocks on streams of its own, might be there first.
         self._filling: Any = None
         self._let_go: set[int] = set()  # chunks whose memory may not have gone yet
-        self._backed: set[int] = set()  # chunks that have memory or are about to, and have not been let go
+        # Chunks that have memory or are about to: who counts what comes free had better count too little.
+        self._backed: set[int] = set()
         # Regions of one shape are stripes of one cache: their extents come and go together.
         self._parts: list[tuple[ElasticKVTensor, int]] = []
         self._free: dict[int, list[torch.Tensor]] = {}
@@ -120,9 +121,8 @@ class ElasticCache:
     def _apart(self, region: Region, extent: int) -> bool:
         """Neighbouring chunks share no extent of the region."""
         size, end = self.chunk_blocks, self.num_blocks
-        return size * region.block_bytes % extent == 0 and (
-            region.layers == 1 or end * region.block_bytes % extent == 0
-        )
+        each_layer = region.layers == 1 or end * region.block_bytes % extent == 0
+        return each_layer and size * region.block_bytes % extent == 0
 
     def bytes_under(self, chunks: Collection[int], beside: Collection[int] = ()) -> int:
         """The most that memory under these chunks takes: extents that they touch, and those beside do not."""
@@ -136,8 +136,8 @@ class ElasticCache:
         touched: set[int] = set()
         for layer in range(region.layers):
             for chunk in chunks:
-                blocks = (layer * end + chunk * size, layer * end + min((chunk + 1) * size, end))
-                start, stop = (block * region.block_bytes for block in blocks)
+                blocks = (chunk * size, min((chunk + 1) * size, end))
+                start, stop = ((layer * end + block) * region.block_bytes for block in blocks)
                 touched.update(range(start // extent, -(-stop // extent)))
         return touched
 
@@ -175,11 +175,8 @@ class ElasticCache:
         given = set(chunks)
         if self._all_apart:
             return self.freed_bytes * sum(chunk < self.num_blocks // self.chunk_blocks for chunk in given)
-        beside = {each + by for each in given for by in (-1, 1)} | {
-            0,
-            self.num_chunks - 2,
-            self.num_chunks - 1,
-        }
+        beside = {chunk + step for chunk in given for step in (-1, 1)}
+        beside.update((0, self.num_chunks - 2, self.num_chunks - 1))
         return self.bytes_under(given, (beside & self._backed) - given)
 
     def use_stream(self) -> None:
@@ -208,7 +205,6 @@ class ElasticCache:
         self._await_gone(chunks, self.account.device.seconds(timeout))
         blocks = self.blocks(chunks)
         done: list[tuple[ElasticKVTensor, list[int]]] = []
-        # Before they have: who counts what comes free beside them meanwhile had better count too little.
         self._backed.update(chunks)
         try:
             with self._zeroed():
