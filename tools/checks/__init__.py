@@ -16,14 +16,14 @@ STEPS: dict[str, Callable[[], str]] = {
     "demo": product.demo,
     "engine": engines.engine,
     "vllm": engines.vllm,
-    "asan": sanitizers.asan,
     "tsan": sanitizers.tsan,
     "pythons": packaging.pythons,
     "wheel-cuda": packaging.wheel_cuda,
+    "asan": sanitizers.asan,
 }
 
 # They compile and install for the most part, and run beside the others, in what those leave of the machine.
-BESIDE = ("engine", "tsan", "pythons", "wheel-cuda")
+BESIDE = ("engine", "tsan", "pythons", "wheel-cuda", "asan")
 
 # Left out of a run that names no steps, except in CI.
 ON_REQUEST = {"engine": "installs 3 GB", "vllm": "installs 3 GB", "wheel-cuda": "installs several GB"}
