@@ -65,7 +65,7 @@ class Client final : public Upstream, public std::enable_shared_from_this<Client
     size_t held = 0, idle = 0;       // as last reported
     uint32_t rungs = 0;
     Blocks blocks{};
-    // Limits that the broker has set, and that are above what is held:
+    // What is done to bring it under limits that the broker has set:
     bool enforcing = false;  // by a chore, queued or at work
     bool set_again = false;  // since that began
     int attempts = 0;        // left

@@ -30,7 +30,7 @@ def test_what_cannot_go_yet_goes_later_though_nobody_asks_again(opened: Opened, 
     assert attempts == [12 * MiB] * 2
 
 
-def test_who_has_nothing_to_give_is_left_alone_after_a_few_attempts(opened: Opened, broker: Scripted) -> None:
+def test_who_has_nothing_to_give_is_asked_ever_more_rarely(opened: Opened, broker: Scripted) -> None:
     account, number = opened()
     memory = account.range("16MiB", extent="2MiB")
     memory.grow("16MiB")
