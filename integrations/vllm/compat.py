@@ -43,8 +43,9 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -170,8 +171,9 @@ def _whole(size: int, num_blocks: int) -> Region:
 
 
 def queues(scheduler: Any) -> list[Iterable[Any]]:
-    """The queues of the requests that wait to be admitted. Which of them comes first differs."""
-    return [getattr(scheduler, name, ()) for name in ("kv_holding_waiting", "waiting", "skipped_waiting")]
+    """The queues of the requests that wait to be admitted, for good. Which of them comes first differs."""
+    names = ("kv_holding_waiting", "waiting", "skipped_waiting")
+    return [getattr(scheduler, name) for name in names if hasattr(scheduler, name)]
 
 
 def preempt(scheduler: Any, request: Any) -> None:
@@ -195,17 +197,19 @@ def _in_pipeline(scheduler: Any) -> bool:
     return bool(scheduler.vllm_config.parallel_config.pipeline_parallel_size > 1)
 
 
+def delivering(scheduler: Any) -> Callable[[], AbstractContextManager[None]]:
+    """Within such a block nobody is admitted to whom output in flight is still to be delivered."""
+    return partial(_delivered, scheduler) if _in_pipeline(scheduler) else nullcontext
+
+
 @contextmanager
-def delivered(scheduler: Any) -> Iterator[None]:
-    """Within the block nobody is admitted to whom output in flight is still to be delivered."""
-    early = []
-    if _in_pipeline(scheduler):
-        early = [
-            request
-            for request in scheduler.waiting
-            if not hasattr(request, "num_stale_output_tokens") and request.num_in_flight_tokens > 0
-        ]
-        scheduler.waiting.remove_requests(early)
+def _delivered(scheduler: Any) -> Iterator[None]:
+    early = [
+        request
+        for request in scheduler.waiting
+        if not hasattr(request, "num_stale_output_tokens") and request.num_in_flight_tokens > 0
+    ]
+    scheduler.waiting.remove_requests(early)
     try:
         yield
     finally:

@@ -96,20 +96,22 @@ class Controller:
         if self._away:
             return
         self._cache.use_stream()
-        self._serve()
-        self.balloon.unpark(self.grower.take())
-        self._pay()
+        if self._demands:
+            self._serve()
+        if came := self.grower.take():
+            self.balloon.unpark(came)
+        if self.draining:
+            self._pay()
         if not self.balloon.parked or self._demands:
             return
-        free = self.balloon.free_blocks
         if self.draining:
             # Who drains takes what is free elsewhere for those that run, and asks nobody for more.
-            self._grow(self._needs().running - free, short=False)
+            self._grow(self._needs().running - self.balloon.free_blocks, short=False)
             return
         unused = self.balloon.unused(low)
         if unused >= low:
             return
-        needs = self._needs()
+        free, needs = self.balloon.free_blocks, self._needs()
         short = free < max(low, needs.most)
         self._grow(max(high - unused, needs.most - free), short)
         # The coldest prefixes serve as well: one that is computed anew costs a request milliseconds, and a
@@ -139,9 +141,13 @@ class Controller:
             self._serve_if_safe()
 
     def reconsider(self) -> None:
-        """Requests have ended, or no step is to come: who waits for the next may have no reason to."""
-        with self.lock:
-            self._serve_if_safe()
+        """Requests have ended, or no step is to come: who waits for the next may have no reason to.
+
+        A demand that comes at this moment is served by who brings it.
+        """
+        if self._demands:
+            with self.lock:
+                self._serve_if_safe()
 
     def usage(self) -> float:
         """The part in use of the blocks that are to be had: of all, until memory is refused."""
@@ -229,8 +235,7 @@ class Controller:
         A step waits for that thread with the lock held, but not while there are demands; and a demand is
         among them before it asks whether the thread works.
         """
-        if self._demands:
-            self.reconsider()
+        self.reconsider()
 
     def _grow(self, blocks: int, short: bool) -> None:
         if blocks <= 0 or self.grower.resting(short):
@@ -268,7 +273,7 @@ class Controller:
 
     def _serve_if_safe(self) -> None:
         """Gives up what no request holds, unless a step is between its scheduling and the stream."""
-        if self._steps:
+        if self._steps or not self._demands:
             return
         later = []
         for demand in self._waiting():
@@ -331,8 +336,6 @@ class Controller:
 
     def _pay(self) -> None:
         """Gives what it owes, as far as it has come free. Who is still short asks again."""
-        if self._debt <= 0:
-            return
         if time.monotonic() < self._debt_until:
             self._give(self._debt, self._needs().running)
         if time.monotonic() >= self._debt_until or not self.balloon.in_use():

@@ -102,7 +102,12 @@ class Grower:
             self._changed.notify_all()
 
     def take(self) -> list[int]:
-        """Chunks that have memory now; they are the caller's from here on."""
+        """Chunks that have memory now; they are the caller's from here on.
+
+        Every step asks: what is put there just as it looks is for the next.
+        """
+        if not self._ready:
+            return []
         with self._changed:
             taken, self._ready = self._ready, []
             return taken

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +56,9 @@ class Elastic(Base):
         ahead = first_blocks(self.vllm_config, self.kv_cache_config)
         pool, size = self.kv_cache_manager.block_pool, cache.chunk_blocks
         self._copies = Copies(self.connector)
+        self._in_order = compat.delivering(self)
         compat.retain_tiles(self)
+        self._queues = compat.queues(self)
         specs = compat.specs(self.kv_cache_config)
         self._block_sizes = [spec.block_size for spec in specs]
         managers = self.kv_cache_manager.coordinator.single_type_managers
@@ -81,8 +82,14 @@ class Elastic(Base):
             low = max(self._low, self._first_waiting()) + self._watermark()
             self.elastic.before_step(low, low + self._margin)
             self.kv_cache_manager.watermark_blocks = self._watermark()
-            with self._admissions(), compat.delivered(self):
-                output = super().schedule(*args, **kwargs)
+            before = self._pause_state
+            if before == PauseState.UNPAUSED and self._admits_nobody():
+                self._pause_state = PauseState.PAUSED_NEW
+            try:
+                with self._in_order():
+                    output = super().schedule(*args, **kwargs)
+            finally:
+                self._pause_state = before
             self.elastic.step_scheduled()
             self._copies.step_scheduled()
             self._memory.number(output)
@@ -188,17 +195,23 @@ class Elastic(Base):
 
         Which queue is first differs between releases, and with what is guided.
         """
-        firsts = (next(queue, None) for queue in self._to_admit())
-        return max((self._blocks_of(first) for first in firsts if first is not None), default=0)
+        most = 0
+        for queue in self._queues:
+            for request in queue:
+                if request.status not in HOLDING:
+                    most = max(most, self._blocks_of(request))
+                    break
+        return most
 
     def _to_admit(self) -> list[Iterator[Any]]:
         """Who waits for blocks, by queue: those that load, or wait for their client, have theirs."""
-        return [(each for each in queue if each.status not in HOLDING) for queue in compat.queues(self)]
+        return [(each for each in queue if each.status not in HOLDING) for queue in self._queues]
 
     def _watermark(self) -> int:
         """Blocks that vLLM keeps free when it admits somebody beside others: a part of those with memory."""
-        blocks = self.kv_cache_config.num_blocks - self.elastic.balloon.parked_blocks
-        return int(self.scheduler_config.watermark * blocks)
+        if not (part := self.scheduler_config.watermark):
+            return 0
+        return int(part * (self.kv_cache_config.num_blocks - self.elastic.balloon.parked_blocks))
 
     def _running_blocks(self) -> int:
         """Blocks that running requests may take in the next step, and one each for a later one."""
@@ -212,20 +225,13 @@ class Elastic(Base):
         )
         return running + prefills
 
-    @contextmanager
-    def _admissions(self) -> Iterator[None]:
-        """Within the block nobody is admitted while the engine drains, or after requests were preempted.
+    def _admits_nobody(self) -> bool:
+        """While the engine drains, and in the step after requests were preempted.
 
         vLLM itself admits nobody in a step that preempts, and its connectors count on that: a request whose
         preemption they hear of in a step asks for no load in it.
         """
-        before = self._pause_state
-        if before == PauseState.UNPAUSED and (self.elastic.draining or self.reset_preempted_req_ids):
-            self._pause_state = PauseState.PAUSED_NEW
-        try:
-            yield
-        finally:
-            self._pause_state = before
+        return self.elastic.draining or bool(self.reset_preempted_req_ids)
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)

@@ -201,9 +201,10 @@ class Elastic(Base):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """As vLLM's. Without an output yet, sampling follows, which may run a draft model over the cache."""
-        number = getattr(scheduler_output, "elastic_step", None)  # a step of the warm-up has none
-        if self.elastic_rank is not None and number is not None:
-            self.elastic_rank.step_begins(number)
+        if self.elastic_rank is not None:
+            number = getattr(scheduler_output, "elastic_step", None)
+            if number is not None:  # a step of the warm-up has none
+                self.elastic_rank.step_begins(number)
         output = super().execute_model(scheduler_output)
         if output is not None and self.elastic_cache is not None:
             self.elastic_cache.on_enqueued()

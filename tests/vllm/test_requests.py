@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,11 +70,11 @@ def test_and_nobody_is_admitted_before_it_has_come() -> None:
     first, second, third = map(InFlight, (4, 0, 1))
     scheduler = FakeScheduler(stages=2)
     scheduler.waiting = queue(first, second, third)
-    with compat.delivered(scheduler):
+    with compat.delivering(scheduler)():
         assert list(scheduler.waiting) == [second]
     assert list(scheduler.waiting) == [first, third, second]
     first.num_in_flight_tokens = third.num_in_flight_tokens = 0
-    with compat.delivered(scheduler):
+    with compat.delivering(scheduler)():
         assert list(scheduler.waiting) == [first, third, second]
 
 
@@ -82,7 +83,7 @@ def test_elsewhere_whoever_is_first_is_admitted(stages: int, later: bool) -> Non
     request = InFlight(4, later=later)
     scheduler = FakeScheduler(stages=stages)
     scheduler.waiting = queue(request)
-    with compat.delivered(scheduler):
+    with compat.delivering(scheduler)():
         assert list(scheduler.waiting) == [request]
 
 
@@ -95,8 +96,6 @@ def test_output_in_flight_is_dropped_by_vllm_later() -> None:
 
 
 def test_this_release_has_what_a_preemption_touches() -> None:
-    import inspect
-
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
 
@@ -112,4 +111,16 @@ def test_this_release_has_what_a_preemption_touches() -> None:
 def test_requests_wait_in_the_queues_that_there_are() -> None:
     queues = SimpleNamespace(waiting=["b", "c"], skipped_waiting=["d"], kv_holding_waiting=["a"])
     assert compat.queues(queues) == [["a"], ["b", "c"], ["d"]]
-    assert compat.queues(SimpleNamespace(waiting=["b"])) == [(), ["b"], ()]
+    assert compat.queues(SimpleNamespace(waiting=["b"])) == [["b"]]
+
+
+def test_a_scheduler_keeps_the_queues_it_began_with() -> None:
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    first = inspect.getsource(Scheduler.__init__)
+    for name in ("waiting", "skipped_waiting", "kv_holding_waiting"):
+        assigned = f"self.{name} = "
+        every = sum(inspect.getsource(kind).count(assigned) for kind in (Scheduler, AsyncScheduler))
+        assert every == first.count(assigned)
+        assert name != "waiting" or every == 1
