@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -98,6 +99,19 @@ def started(module: str, contenders: Sequence[str], backend: str) -> Iterator[di
     """A worker for each contender, by name. All start at the same time."""
     with ExitStack() as stack:
         yield {name: stack.enter_context(Worker(module, name, backend)) for name in contenders}
+
+
+def ask_all(workers: Mapping[str, Worker], request: Request, timeout: float, *, label: str) -> dict[str, Any]:
+    """Asks every worker the same at once, and gives their answers by name.
+
+    Raises:
+        WorkerError: one of them failed, or was not ready within `timeout` seconds.
+    """
+    with progress(label, len(workers)) as advance, ThreadPoolExecutor() as threads:
+        asked = {name: threads.submit(worker.ask, request, timeout) for name, worker in workers.items()}
+        for each in asked.values():
+            each.add_done_callback(lambda _: advance(1))
+        return {name: each.result() for name, each in asked.items()}
 
 
 class Turns(msgspec.Struct):

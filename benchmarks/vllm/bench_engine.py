@@ -6,7 +6,6 @@ Run as python -m benchmarks.vllm.bench_engine --help.
 from __future__ import annotations
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from benchmarks.vllm.engine_tables import SQUEEZED, tables
 from benchmarks.vllm.engine_worker import Squeeze
 from benchmarks.vllm.load import Load
 from benchmarks.vllm.shapes import SHAPES
-from benchmarks.worker import Worker, WorkerError, started
+from benchmarks.worker import Worker, WorkerError, ask_all, started
 from torch_elastic_mem.device import device_of
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -149,11 +148,7 @@ def main(
     contenders = [STOCK, *[KVCACHED] * kvcached, OURS, *[CONTROL] * control]
     with errors_as_messages(), started("vllm.engine_worker", contenders, backend) as workers:
         asked = {"open": msgspec.to_builtins(opening)}
-        with progress("starting the engines", len(workers)) as advance, ThreadPoolExecutor() as starting:
-            opened = {name: starting.submit(worker.ask, asked, STARTING) for name, worker in workers.items()}
-            for each in opened.values():
-                each.add_done_callback(lambda _: advance(1))
-        facts = {name: each.result() for name, each in opened.items()}
+        facts = ask_all(workers, asked, STARTING, label="starting the engines")
         taken = Rounds(workers, squeeze)
         taken.run(turns)
         # Before the engines are ended, which takes a while: an interrupt then costs nothing.

@@ -1,4 +1,4 @@
-"""One contender of bench_engine: a vLLM engine in this process, stock or on an arena."""
+"""One contender of bench_engine or bench_step: a vLLM engine in this process, stock or on an arena."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from benchmarks.vllm import steady
 from benchmarks.vllm.engine import Engine, Opening, prepare
 from benchmarks.vllm.load import Load, run
 from benchmarks.worker import Handler, serve
@@ -33,11 +34,15 @@ class EngineWorker:
         self._arena: Any = None
 
     def __call__(self, request: dict[str, Any]) -> Any:
-        """Answers {"open": Opening}, {"load": Load, "squeeze": Squeeze}, or {"idle": bytes}."""
+        """Answers {"open": Opening}, {"load": Load, "squeeze": Squeeze}, {"steps": Batch}, {"idle": int}."""
         if "open" in request:
             return self._open(msgspec.convert(request["open"], Opening))
         if "idle" in request:
             return self._take(request["idle"])
+        if "steps" in request:
+            return msgspec.to_builtins(
+                steady.run(self._whole, msgspec.convert(request["steps"], steady.Batch))
+            )
         load = msgspec.convert(request["load"], Load)
         # The same requests once more would find the prefixes of an earlier turn.
         self._engine.reset_prefix_cache()
@@ -50,6 +55,7 @@ class EngineWorker:
 
     def _open(self, opening: Opening) -> dict[str, Any]:
         engine = Engine(opening)
+        self._whole = engine
         self._engine, self._arena, self._cache = engine.llm, engine.arena, engine.cache
         if engine.cache is not None:
             import torch_elastic_mem as tem
