@@ -205,17 +205,26 @@ class Elastic(Base):
             number = getattr(scheduler_output, "elastic_step", None)
             if number is not None:  # a step of the warm-up has none
                 self.elastic_rank.step_begins(number)
-        output = super().execute_model(scheduler_output)
-        if output is not None and self.elastic_cache is not None:
-            self.elastic_cache.on_enqueued()
+        try:
+            output = super().execute_model(scheduler_output)
+        except BaseException:
+            # No more of it comes. Who drives an engine in its own process may go on.
+            self._step_enqueued()
+            raise
+        if output is not None:
+            self._step_enqueued()
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """As vLLM's; the end of a step's work."""
-        output = super().sample_tokens(grammar_output)
+        try:
+            return super().sample_tokens(grammar_output)
+        finally:
+            self._step_enqueued()
+
+    def _step_enqueued(self) -> None:
         if self.elastic_cache is not None:
             self.elastic_cache.on_enqueued()
-        return output
 
     def shutdown(self) -> None:
         """As vLLM's."""

@@ -107,3 +107,45 @@ def test_where_the_weights_are_away_no_buffer_of_theirs_is_read_to_fall_asleep(
     monkeypatch.setattr(OURS[kind], "sleep", lambda *_: pytest.fail("it saves buffers"), raising=False)
     worker.sleep(2)
     assert worker.elastic_sleep.levels == [2]
+
+
+class Stepping:
+    """A worker of vLLM's, whose steps are told what becomes of them."""
+
+    def execute_model(self, step: Any) -> Any:
+        return come(step)
+
+    def sample_tokens(self, step: Any) -> Any:
+        return come(step)
+
+
+def come(what: Any) -> Any:
+    if isinstance(what, BaseException):
+        raise what
+    return what
+
+
+class ElasticStepping(module.Elastic, Stepping):  # type: ignore[misc]
+    def __init__(self) -> None:
+        self.enqueued = 0
+        self.elastic_cache: Any = SimpleNamespace(on_enqueued=self._count)
+
+    def _count(self) -> None:
+        self.enqueued += 1
+
+
+@pytest.mark.parametrize(("model", "sampled", "enqueued"), [("output", None, 1), (None, "output", 1)])
+def test_a_step_is_on_the_stream_when_it_has_an_output(model: Any, sampled: Any, enqueued: int) -> None:
+    worker = ElasticStepping()
+    if worker.execute_model(model) is None:
+        assert worker.enqueued == 0
+        assert worker.sample_tokens(sampled) == sampled
+    assert worker.enqueued == enqueued
+
+
+@pytest.mark.parametrize("fails", ["execute_model", "sample_tokens"])
+def test_nothing_more_comes_of_a_step_that_fails_and_nobody_waits_for_it(fails: str) -> None:
+    worker = ElasticStepping()
+    with pytest.raises(torch.OutOfMemoryError):
+        getattr(worker, fails)(torch.OutOfMemoryError("too large"))
+    assert worker.enqueued == 1
