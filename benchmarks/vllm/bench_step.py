@@ -54,9 +54,9 @@ def tables(batches: Mapping[int, Answers], notes: Sequence[str]) -> list[Table]:
     columns = ["batch, engine", "a step", "over stock", "device: work", "pause", *PARTS]
     note = (
         "a step: the median as who drives the engine sees it, of all rounds; over stock: of the rounds' own "
-        "medians, with quartiles. device: a step's work on its stream, and from its end to the next one's "
-        "begin. The others: what the engine's thread spends in these calls; what of it goes on while the "
-        "device works costs nothing."
+        "medians, with quartiles. device: a step's work on its stream, with what it waits for once the step "
+        "is being launched, and from its end to the next one's begin. The others: what the engine's thread "
+        "spends in these calls; what of it goes on while the device works costs nothing."
     )
     return [
         Table("A step", columns, rows, " ".join([note, *notes])),

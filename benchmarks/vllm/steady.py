@@ -34,8 +34,8 @@ class Steps(msgspec.Struct):
     Attributes:
         whole: each step, as who drives the engine sees it.
         parts: the median of what each part of a step keeps the engine's thread busy.
-        work, pause: medians of the device: a step's work, from the first of it to the last, and from there to
-            the next step's. None on the host.
+        work, pause: medians of the device's stream: from where a step's work begins, or is waited for once
+            the step is being launched, to its end; and from there to where the next begins. None on the host.
     """
 
     whole: list[float]
@@ -45,7 +45,11 @@ class Steps(msgspec.Struct):
 
 
 def run(engine: Engine, batch: Batch) -> Steps:
-    """Has the engine, which serves nothing else, decode the batch; nothing of it is left."""
+    """Has the engine, which serves nothing else, decode the batch; nothing of it is left.
+
+    Raises:
+        RuntimeError: not all of it decoded in each of these steps.
+    """
     engine.llm.reset_prefix_cache()
     rng = random.Random(batch.requests)
     names = [f"steady-{number}" for number in range(batch.requests)]
@@ -53,6 +57,7 @@ def run(engine: Engine, batch: Batch) -> Steps:
         _add(engine.llm, name, drawn(rng, batch.prompt, batch.vocabulary), batch.steps + 2 * BEFORE)
     for _ in range(BEFORE):
         engine.llm.step()
+    _require_whole(engine, batch)
     device = _Device(engine.worker.device)
     whole: list[float] = []
     with _parts(engine, device) as parts:
@@ -60,11 +65,22 @@ def run(engine: Engine, batch: Batch) -> Steps:
             begun = time.perf_counter()
             engine.llm.step()
             whole.append(time.perf_counter() - begun)
+    _require_whole(engine, batch)
     work, pause = device.medians()
     engine.llm.abort_request(names)
-    while engine.llm.has_unfinished_requests():
+    # What runs now, and the runner's rows of what has ended, of which the next step tells it.
+    core = engine.llm.engine_core.engine_core
+    while engine.scheduler.has_requests() or core.batch_queue:
         engine.llm.step()
     return Steps(whole, {name: percentile(spent, 50) for name, spent in parts.items()}, work, pause)
+
+
+def _require_whole(engine: Engine, batch: Batch) -> None:
+    if (running := len(engine.scheduler.running)) != batch.requests:
+        raise RuntimeError(
+            f"{running} of {batch.requests} requests decode: the cache, or the length of one, allows no more"
+            "; ask for fewer requests or steps"
+        )
 
 
 def _add(llm: Any, name: str, prompt: list[int], output: int) -> None:

@@ -20,9 +20,15 @@ BATCH = Batch(requests=3, prompt=4, steps=5, vocabulary=100)
 class Scheduler:
     def __init__(self, calls: list[str]) -> None:
         self.calls = calls
+        self.running: list[str] = []
+        self.ended = 0
+
+    def has_requests(self) -> bool:
+        return bool(self.running or self.ended)
 
     def schedule(self) -> str:
         self.calls.append("schedule")
+        self.ended = 0
         return "what"
 
     def update_from_output(self, *, output: str) -> None:
@@ -48,7 +54,8 @@ class Llm:
 
     def __init__(self, scheduler: Scheduler, worker: Worker) -> None:
         self._scheduler, self._worker = scheduler, worker
-        self.prompts: dict[str, list[int]] = {}
+        self.engine_core = SimpleNamespace(engine_core=SimpleNamespace(batch_queue=None))
+        self.longest = 1000
         self.steps = self.resets = 0
 
     def reset_prefix_cache(self) -> None:
@@ -56,21 +63,20 @@ class Llm:
 
     def add_request(self, name: str, prompt: dict[str, list[int]], sampling: Any) -> None:
         assert sampling.max_tokens > BEFORE + BATCH.steps
-        self.prompts[name] = prompt["prompt_token_ids"]
+        assert len(prompt["prompt_token_ids"]) == BATCH.prompt
+        self._scheduler.running.append(name)
 
     def step(self) -> None:
         self.steps += 1
         step = self._scheduler.schedule()
         self._worker.execute_model(step)
         self._scheduler.update_from_output(output=self._worker.sample_tokens(step))
+        if self.steps == self.longest:
+            self._scheduler.running.pop()
 
     def abort_request(self, names: list[str]) -> None:
-        self.left = dict.fromkeys(names)
-        assert self.left.keys() == self.prompts.keys()
-        self.prompts = {}
-
-    def has_unfinished_requests(self) -> bool:
-        return bool(self.prompts)
+        assert self._scheduler.running == names
+        self._scheduler.running, self._scheduler.ended = [], len(names)
 
 
 @pytest.fixture
@@ -86,18 +92,25 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_batchs_steps_are_timed_whole_and_in_parts_and_nothing_of_it_is_left(engine: Any) -> None:
     steps = steady.run(engine, BATCH)
-    assert len(steps.whole) == BATCH.steps and engine.llm.steps == BEFORE + BATCH.steps
+    assert len(steps.whole) == BATCH.steps and engine.llm.steps == BEFORE + BATCH.steps + 1
     assert set(steps.parts) == {"schedule", "launch", "sample", "update"}
     assert 0 < sum(steps.parts.values()) < max(steps.whole)
     assert (steps.work, steps.pause) == (None, None)
-    assert engine.llm.prompts == {} and engine.llm.resets == 1
+    assert not engine.scheduler.has_requests() and engine.llm.resets == 1
+
+
+@pytest.mark.parametrize("at", [BEFORE, BEFORE + 2])
+def test_steps_in_which_not_all_of_a_batch_decodes_are_refused(engine: Any, at: int) -> None:
+    engine.llm.longest = at
+    with pytest.raises(RuntimeError, match="2 of 3 requests decode"):
+        steady.run(engine, BATCH)
 
 
 def test_the_engine_is_called_as_before_while_it_is_timed_and_after(engine: Any) -> None:
     steady.run(engine, BATCH)
     engine.llm.step()
     each = ["schedule", "execute what", "sample what", "update output"]
-    assert engine.calls == each * (BEFORE + BATCH.steps + 1)
+    assert engine.calls == each * (BEFORE + BATCH.steps + 2)
     assert not {"schedule", "update_from_output"} & vars(engine.scheduler).keys()
     assert not {"execute_model", "sample_tokens"} & vars(engine.worker).keys()
 
