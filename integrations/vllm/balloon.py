@@ -100,7 +100,8 @@ class Balloon:
         self.parked_blocks = 0
         self._counted = 0  # unused blocks when last counted
         self._taken = 0  # blocks that the pool has handed out since
-        self._count_taken(pool)
+        self._more = True  # there may be more of them than these two say
+        self._watch(pool)
         self.park(range(max(resident, 1), self.num_chunks))
 
     @property
@@ -125,7 +126,7 @@ class Balloon:
         self._pool.touch(blocks)
         self._out.update(taken)
         self.parked_blocks += len(blocks)
-        self._counted = 0
+        self._counted, self._more = 0, True
 
     def unpark(self, chunks: Iterable[int]) -> None:
         """Lets the pool have these chunks again; the lowest of their blocks are used first."""
@@ -202,6 +203,7 @@ class Balloon:
         for source, to in moves:
             self._pool.evict_blocks({to})
             compat.exchange(self._pool, source, to)
+        self._more = True
 
     def _survey(self, empty: int | None = None) -> tuple[list[int], list[int], list[int]]:
         """By chunk: free blocks, those of them with something cached, how late the last of these was used.
@@ -237,25 +239,30 @@ class Balloon:
     def unused(self, most: int) -> int:
         """Free blocks with nothing cached in them, counted up to `most` or so. vLLM hands these out first.
 
-        They are counted anew only when those that were there may have been handed out: a step costs a
-        subtraction, as a rule.
+        They are counted anew only when those that were there may have been handed out, and others may have
+        come: a step costs a subtraction, as a rule, in an engine that is short of memory too.
         """
-        if self._counted - self._taken < most:
+        if self._more and self._counted - self._taken < most:
             self._counted, self._taken = self._count(4 * most), 0
-        return self._counted - self._taken
+            self._more = self._counted >= 4 * most
+        return max(0, self._counted - self._taken)
 
     def _count(self, most: int) -> int:
         unused = takewhile(lambda block: compat.hash_of(block) is None, self._free())
         return sum(1 for _ in islice(unused, most))
 
-    def _count_taken(self, pool: Any) -> None:
-        plain = pool.get_new_blocks
+    def _watch(self, pool: Any) -> None:
+        hand_out, free = pool.get_new_blocks, pool.free_blocks
 
         def get_new_blocks(count: int) -> Any:
             self._taken += count
-            return plain(count)
+            return hand_out(count)
 
-        pool.get_new_blocks = get_new_blocks
+        def free_blocks(blocks: Iterable[Any]) -> None:
+            self._more = True
+            free(blocks)
+
+        pool.get_new_blocks, pool.free_blocks = get_new_blocks, free_blocks
 
     def counts(self, between: Callable[[], object] = lambda: None) -> Counts:
         """How many blocks are in what state: looks at each of them.

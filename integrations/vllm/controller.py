@@ -109,7 +109,7 @@ class Controller:
             self._grow(self._needs().running - self.balloon.free_blocks, short=False)
             return
         unused = self.balloon.unused(low)
-        if unused >= low:
+        if unused >= low or self.grower.resting(short=True):
             return
         free, needs = self.balloon.free_blocks, self._needs()
         short = free < max(low, needs.most)

@@ -230,6 +230,27 @@ def test_parked_blocks_are_not_counted_as_unused() -> None:
     assert balloon.unused(8) == 7
 
 
+def test_blocks_are_counted_anew_only_when_some_may_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    count = Balloon._count
+    monkeypatch.setattr(Balloon, "_count", lambda self, most: counted.append(most) or count(self, most))
+    pool = pool_of(32)
+    balloon = Balloon(pool, 4, resident=4)
+    assert [balloon.unused(20) for _ in range(3)] == [15] * 3
+    taken = pool.get_new_blocks(5)
+    assert [balloon.unused(20) for _ in range(3)] == [10] * 3
+    assert len(counted) == 1
+    pool.free_blocks(taken[:2])
+    assert [balloon.unused(20) for _ in range(3)] == [12] * 3
+    balloon.unpark(balloon.next_out(1))
+    assert [balloon.unused(20) for _ in range(3)] == [16] * 3
+    balloon.park([4])
+    balloon.unpark([4])
+    assert len(counted) == 3
+    # No more than so many were counted: there may be more for who wants more.
+    assert (balloon.unused(2), balloon.unused(20)) == (8, 16)
+
+
 def test_when_only_cached_blocks_are_left_none_is_unused() -> None:
     pool = pool_of(8)
     balloon = Balloon(pool, 4, resident=2)
