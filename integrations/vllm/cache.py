@@ -112,7 +112,7 @@ class ElasticCache:
         self.chunk_blocks = blocks
         self.num_chunks = -(-self.num_blocks // blocks)
         self.chunk_bytes = blocks * self.block_bytes
-        self._all_apart = all(self._apart(region, extent) for region in self._regions)
+        self.all_apart = all(self._apart(region, extent) for region in self._regions)
         self.freed_bytes = 0
         for region in self._regions:
             whole = blocks * region.block_bytes // extent - (not self._apart(region, extent))
@@ -173,7 +173,7 @@ class ElasticCache:
     def freed(self, chunks: Iterable[int]) -> int:
         """Bytes that come free with these chunks; none of a short last one that shares no extent."""
         given = set(chunks)
-        if self._all_apart:
+        if self.all_apart:
             return self.freed_bytes * sum(chunk < self.num_blocks // self.chunk_blocks for chunk in given)
         beside = {chunk + step for chunk in given for step in (-1, 1)}
         beside.update((0, self.num_chunks - 2, self.num_chunks - 1))

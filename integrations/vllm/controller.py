@@ -30,8 +30,8 @@ from functools import partial
 from torch_elastic_mem.errors import InUseError
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
 from torch_elastic_mem.integrations.vllm.demand import Demand, Needs
-from torch_elastic_mem.integrations.vllm.grower import Grower
-from torch_elastic_mem.integrations.vllm.memory import EngineMemory
+from torch_elastic_mem.integrations.vllm.grower import REST, Grower
+from torch_elastic_mem.integrations.vllm.memory import CalledOff, EngineMemory
 from torch_elastic_mem.integrations.vllm.mover import Mover
 from torch_elastic_mem.integrations.vllm.teller import Teller
 
@@ -78,6 +78,7 @@ class Controller:
         self._short = False  # when it last grew
         self._closed = False
         self._away: list[int] = []  # while all memory is away: the chunks that are not parked
+        self.weights_away = False  # as well, or alone: nothing is to run
         cache.on_enqueued = self.step_enqueued
         cache.resting = self
         account = cache.account
@@ -191,6 +192,7 @@ class Controller:
             self.balloon.park(parked)
             # Those are left of which vLLM has a block for itself, as the null block.
             self._away = self.balloon.resident()
+            self.balloon.forget(self._away)
             self._cache.release([*parked, *self._away])
             self._steps = 0
             self._serve_if_safe()
@@ -203,10 +205,19 @@ class Controller:
         """
         with self.lock:
             chunks = list(self._away)
-        if chunks:
-            self._cache.ensure(chunks, timeout=timeout)
-            with self.lock:
-                self._away.clear()
+        if not chunks:
+            return
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                self._cache.ensure(chunks, timeout=max(0.0, deadline - time.monotonic()))
+                break
+            except CalledOff:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(REST)  # whoever was given it is about to take it
+        with self.lock:
+            self._away.clear()
 
     def close(self) -> None:
         """Nobody is asked any more, nothing grows, and all memory goes, after what the stream has been given.

@@ -57,11 +57,20 @@ class ElasticExecutor(MultiprocExecutor):
         self.elastic_together = Together(ranks, self._attempt)
         return done
 
-    def collective_rpc(self, method: Any, *more: Any, **named: Any) -> Any:
-        """As vLLM's, but for sleep and wake-up."""
+    def collective_rpc(
+        self,
+        method: Any,
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        *more: Any,
+        **named: Any,
+    ) -> Any:
+        """As vLLM's, but for sleep and wake-up, which have no timeout."""
         if self.elastic_together is None or method not in TOGETHER:
-            return super().collective_rpc(method, *more, **named)
-        return getattr(self.elastic_together, method)(*named.get("args", ()), **named.get("kwargs", {}))
+            return super().collective_rpc(method, timeout, args, kwargs, *more, **named)
+        getattr(self.elastic_together, method)(*args, **(kwargs or {}))
+        return [None] * self.world_size
 
     def _attempt(self, method: str, *args: object) -> list[str | None]:
         return list(super().collective_rpc(attempt, args=(method, *args)))

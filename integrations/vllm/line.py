@@ -28,6 +28,7 @@ class Hello:
     rank: int
     num_blocks: int
     chunk_blocks: int
+    apart: bool  # neighbouring chunks share no extent, nor do those that are so many times as large
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ class Demand:
     rung: str
     target: int
     timeout: float
+    own: bool  # for a growth of this engine
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+from torch_elastic_mem.errors import OutOfMemory
+
+
+class CalledOff(OutOfMemory):
+    """A growth came to nothing for somebody else's sake; the next one need not."""
+
 
 class Resting(Protocol):
-    """Who knows which chunks have memory, and can give up all of them between two steps."""
+    """Who knows which chunks have memory, and can give up all of them between two steps.
+
+    Attributes:
+        weights_away: the model sleeps.
+    """
+
+    weights_away: bool
 
     @property
     def away(self) -> bool:

@@ -38,7 +38,7 @@ class Rank:
         self._due: list[line.Release] = []  # in the order they came
         self._grown: line.Grow | None = None  # the last growth, if it brought memory
         self._undone = 0  # the last growth that is not wanted any more
-        self._heard = 0  # chunks that were ordered to go, since the beginning
+        self._gone = 0  # chunks that have been let go, since the beginning
         self._target = 0  # what demands have asked for, in the same count
         self._open: dict[int, threading.Event] = {}  # demands that have not been answered
         self._demands = 0
@@ -80,7 +80,6 @@ class Rank:
                 self._growths.put(message)
             case line.Release():
                 with self._changed:
-                    self._heard += message.yielded
                     self._due.append(message)
                     self._reach(self._enqueued)
             case line.Undo(number):
@@ -123,6 +122,7 @@ class Rank:
                 later.append(order)
                 continue
             self._let_go(order.chunks)
+            self._gone += order.yielded
         self._due = later
         self._changed.notify_all()
 
@@ -176,8 +176,12 @@ class Rank:
         )
 
     def _asked(self, rung: str, nbytes: int, timeout: float) -> None:
-        """Passes a demand on the rank's account on to the scheduler, and waits until it has been met."""
-        if rung != "evict" and threading.current_thread() is self._growing:
+        """Passes a demand on the rank's account on to the scheduler, and waits until it has been met.
+
+        What is ordered to go and has not gone is part of it, as long as nobody else waits for that here.
+        """
+        own = threading.current_thread() is self._growing
+        if own and rung != "evict":
             return  # as an engine of one rank: it pauses nobody in order to grow
         deadline = time.monotonic() + timeout
         served = threading.Event()
@@ -187,15 +191,15 @@ class Rank:
             self._demands += 1
             number = self._demands
             self._open[number] = served
-            self._target = max(self._target, self._heard) + -(-nbytes // self._cache.freed_bytes)
-            demand = line.Demand(number, rung, self._target, timeout)
+            self._target = max(self._target, self._gone) + -(-nbytes // self._cache.freed_bytes)
+            demand = line.Demand(number, rung, self._target, timeout, own)
         self._line.send(demand)
         served.wait(timeout)
         with self._changed:
-            del self._open[number]
-            if not self._open:
-                self._target = 0
             # What was given may be behind a step whose work is not on the stream yet.
             self._changed.wait_for(
                 lambda: self._closed or not self._due, max(0.0, deadline - time.monotonic())
             )
+            del self._open[number]
+            if not self._open:
+                self._target = 0

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch_elastic_mem.errors import OutOfMemory
 from torch_elastic_mem.integrations.vllm import line
 from torch_elastic_mem.integrations.vllm.line import Door, Line
-from torch_elastic_mem.integrations.vllm.memory import Resting
+from torch_elastic_mem.integrations.vllm.memory import CalledOff, Resting
 
 log = logging.getLogger("vllm.torch_elastic_mem")
 
@@ -58,6 +59,7 @@ class Ranks:
         self._growing = threading.Lock()
         self._answered = threading.Condition()
         self._under_way = 0  # the growth that is, by its number; all below are guarded by the condition
+        self._revocable = 0  # the same, where it is to bring memory
         self._answers: dict[int, str | None] = {}  # to it, by rank
         self._called_off = 0  # the last that was
         self._gone = False
@@ -78,7 +80,7 @@ class Ranks:
         hellos = [hello for hello, _ in met]
         self.num_blocks = min(hello.num_blocks for hello in hellos)
         self.elastic = 0 < self.num_blocks == max(hello.num_blocks for hello in hellos)
-        self.chunk_blocks = max(hello.chunk_blocks for hello in hellos) if self.elastic else 0
+        self.chunk_blocks = agreed(hellos) if self.elastic else 0
         self._broadcast(line.Welcome(self.chunk_blocks, f"vllm-{uuid.uuid4().hex}", self.members))
         for hello, caller in met:
             threading.Thread(
@@ -125,20 +127,21 @@ class Ranks:
         """Puts memory under all of the chunks on every rank, or nowhere.
 
         Raises:
-            OutOfMemory: a rank was refused.
+            OutOfMemory: a rank was refused. CalledOff: somebody else was given it.
         """
         wanted = list(chunks)
         with self._growing:
             number = next(self._numbers)
             with self._answered:
                 self._under_way, self._answers = number, {}
+                self._revocable = number if wanted else 0
                 self._broadcast(line.Grow(number, wanted, rung, timeout))
                 self._answered.wait_for(lambda: len(self._answers) == self.members or self._gone)
-                self._under_way = 0
+                self._under_way = self._revocable = 0
                 if self._gone:
                     raise OutOfMemory("a rank of the engine has ended")
                 if self._called_off == number:
-                    raise OutOfMemory("somebody else was given what the engine was about to take")
+                    raise CalledOff("somebody else was given what the engine was about to take")
                 refusals = {rank: why for rank, why in self._answers.items() if why is not None}
             if not refusals:
                 return
@@ -157,9 +160,9 @@ class Ranks:
     def call_off(self) -> None:
         """Has a growth that is under way come to nothing: what some ranks have of it goes at once."""
         with self._answered:
-            if self._under_way > self._called_off:
-                self._called_off = self._under_way
-                self._broadcast(line.Undo(self._under_way))
+            if self._revocable > self._called_off:
+                self._called_off = self._revocable
+                self._broadcast(line.Undo(self._revocable))
 
     def release(self, chunks: Iterable[int]) -> None:
         """Lets memory go on every rank, after all steps that have been scheduled so far."""
@@ -218,6 +221,16 @@ class Ranks:
             self._answered.notify_all()
 
 
+def agreed(hellos: Sequence[line.Hello]) -> int:
+    """The blocks of a chunk of all ranks: no fewer than any wants.
+
+    Stages of a pipeline differ in what a block takes. Where one has extents that no two of its chunks share,
+    as large as a chunk, chunks of all are so many whole ones of it: or they would lie across them.
+    """
+    whole = math.lcm(*(hello.chunk_blocks for hello in hellos if hello.apart))
+    return -(-max(hello.chunk_blocks for hello in hellos) // whole) * whole
+
+
 class Desk:
     """Where demands of one rung are answered, one after the other.
 
@@ -246,8 +259,9 @@ class Desk:
             left = deadline - time.monotonic()
             try:
                 if wanted > 0 and left > 0:
-                    # What one rank has of it and others wait for could not be given otherwise.
-                    self._ranks.call_off()
+                    if not demand.own:
+                        # What one rank has of it and others wait for could not be given otherwise.
+                        self._ranks.call_off()
                     self._fn(wanted * self._ranks.freed_bytes, left)
             except Exception:
                 log.exception("a demand on the engine's memory is not met")

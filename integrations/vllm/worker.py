@@ -167,8 +167,10 @@ class Elastic(Base):
         caller = line.call(os.environ[line.PLACE])
         try:
             cache = self._new_cache(kv_cache_config)
-            blocks = (0, 0) if cache is None else (cache.num_blocks, cache.chunk_blocks)
-            caller.send(line.Hello(self.rank, *blocks))
+            hello = line.Hello(self.rank, 0, 0, False)
+            if cache is not None:
+                hello = line.Hello(self.rank, cache.num_blocks, cache.chunk_blocks, cache.all_apart)
+            caller.send(hello)
             welcome = caller.receive()
         except BaseException:
             caller.close()  # or the other ranks wait for this one's answer

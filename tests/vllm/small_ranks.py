@@ -35,7 +35,7 @@ class One:
 
     def join(self, number: int, path: str) -> None:
         caller = line.call(path)
-        caller.send(line.Hello(number, self.cache.num_blocks, self.cache.chunk_blocks))
+        caller.send(line.Hello(number, self.cache.num_blocks, self.cache.chunk_blocks, True))
         welcome = caller.receive()
         assert isinstance(welcome, line.Welcome)
         self.cache.set_chunks(welcome.chunk_blocks)
@@ -46,6 +46,12 @@ class One:
         self.rank.step_begins(number)
         if enqueued:
             self.rank.step_enqueued()
+
+    @property
+    def heard(self) -> int:
+        """Chunks that it was ordered to let go, whether or not it has."""
+        with self.rank._changed:
+            return self.rank._gone + sum(order.yielded for order in self.rank._due)
 
     def chunks(self) -> list[int]:
         """Those that have memory."""
@@ -79,7 +85,7 @@ class Engine:
         """Until the order has come everywhere; whether it has been carried out is another matter."""
         self.ranks.release(chunks)
         ordered = self.ranks._yielded
-        assert comes_true(lambda: all(each.rank._heard == ordered for each in self.ones))
+        assert comes_true(lambda: all(each.heard == ordered for each in self.ones))
 
     def chunks(self) -> list[list[int]]:
         return [each.chunks() for each in self.ones]

@@ -20,10 +20,13 @@ from tests.rungs import Rung
 from tests.vllm.small_ranks import BLOCKS, CHUNK, Engine, MiB, engine_on, together
 from torch_elastic_mem.broker.control import ControlClient
 from torch_elastic_mem.integrations.vllm import line
-from torch_elastic_mem.integrations.vllm.ranks import Ranks
+from torch_elastic_mem.integrations.vllm.cache import ElasticCache
+from torch_elastic_mem.integrations.vllm.compat import Region
+from torch_elastic_mem.integrations.vllm.ranks import Ranks, agreed
 from torch_elastic_mem.integrations.vllm.worker import Elastic
 
 ALL = BLOCKS * MiB
+KiB = 1 << 10
 Made = Callable[..., Engine]
 
 
@@ -187,6 +190,31 @@ def test_ranks_that_are_asked_at_once_give_the_same_bytes(engine: Engine) -> Non
     assert comes_true(lambda: [len(each) for each in engine.chunks()] == [BLOCKS // 2 - 3] * 2)
 
 
+def test_what_a_rank_is_about_to_give_is_for_a_demand_that_comes_meanwhile(engine: Engine) -> None:
+    first, second = engine.ones
+    asked: list[float] = []
+    engine.ranks.on_reclaim(gives(engine, asked), "evict")
+    number = engine.schedule()
+    demands = [
+        threading.Thread(target=each.rank._asked, args=("evict", 3 * CHUNK, 60.0)) for each in engine.ones
+    ]
+    demands[0].start()
+    assert comes_true(lambda: second.heard == 3)
+    demands[1].start()
+    assert comes_true(lambda: second.rank._demands == 1)
+    # One more here is for somebody else.
+    more = threading.Thread(target=second.rank._asked, args=("evict", CHUNK, 60.0))
+    more.start()
+    assert comes_true(lambda: asked == [3, 1])
+    assert len(first.chunks()) == len(second.chunks()) == BLOCKS // 2, "behind the step"
+    for each in engine.ones:
+        each.step(number)
+    for each in (*demands, more):
+        each.join()
+    assert asked == [3, 1]
+    assert [len(each) for each in engine.chunks()] == [BLOCKS // 2 - 4] * 2
+
+
 def test_a_demand_has_a_growth_come_to_nothing_that_one_rank_waits_for(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +264,38 @@ def test_at_its_own_limit_a_rank_is_not_asked_for_what_it_wants(engine: Engine) 
         engine.ranks.ensure([3])
     assert comes_true(lambda: engine.chunks() == [[1, 2], [1, 2]]), "what the other one got has gone"
     assert asked == []
+
+
+def test_at_its_own_limit_what_is_cached_makes_room_for_the_growth_that_asks(engine: Engine) -> None:
+    engine.ranks.on_reclaim(lambda nbytes, timeout: engine.ranks.release([1]), "evict")
+    assert comes_true(lambda: all(each.rank._reclaimers for each in engine.ones))
+    engine.ranks.ensure([1, 2])
+    for each in engine.ones:
+        each.cache.account.set_limits(max=2 * CHUNK)
+    engine.ranks.ensure([3], timeout=60)
+    assert engine.chunks() == [[2, 3], [2, 3]]
+
+
+def test_a_demand_does_not_call_off_what_waits_for_the_ranks_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, on = threading.Event(), threading.Event()
+    plain = engine.ones[1].rank._refusal
+
+    def refusal(order: line.Grow) -> str | None:
+        slow.set()
+        assert on.wait(60)
+        return plain(order)
+
+    monkeypatch.setattr(engine.ones[1].rank, "_refusal", refusal)
+    settled: list[bool] = []
+    settling = threading.Thread(target=lambda: settled.append(engine.ranks.settle() is None))
+    settling.start()
+    assert slow.wait(60)
+    engine.ranks.call_off()
+    on.set()
+    settling.join()
+    assert settled == [True]
 
 
 def test_what_a_demand_did_not_get_is_not_owed_to_the_next(engine: Engine) -> None:
@@ -302,23 +362,57 @@ def met(hellos: list[line.Hello | None]) -> tuple[Ranks, list[Any]]:
 
 
 def test_ranks_whose_chunks_differ_take_the_largest() -> None:
-    ranks, welcomes = met([line.Hello(1, 40, 8), line.Hello(0, 40, 6)])
+    ranks, welcomes = met([line.Hello(1, 40, 8, False), line.Hello(0, 40, 6, False)])
     assert ranks.elastic
     assert [each.chunk_blocks for each in welcomes] == [8, 8]
     assert len({each.group for each in welcomes}) == 1
     assert (ranks.num_blocks, ranks.freed(range(5)), ranks.freed([4])) == (40, 5, 1)
 
 
-@pytest.mark.parametrize("other", [line.Hello(1, 0, 0), line.Hello(1, 32, 8)])
+@pytest.mark.parametrize(
+    ("chunks", "together"),
+    [
+        ([(8, True), (8, True)], 8),
+        ([(16, True), (18, False)], 32),
+        ([(16, True), (7, False), (4, True)], 16),
+        ([(5, False), (7, False)], 7),
+    ],
+)
+def test_chunks_of_all_are_whole_ones_of_a_rank_that_shares_no_extents(
+    chunks: list[tuple[int, bool]], together: int
+) -> None:
+    assert agreed([line.Hello(rank, 4096, *each) for rank, each in enumerate(chunks)]) == together
+
+
+@pytest.mark.parametrize("layers", [(16, 15), (7, 8), (31, 32, 3)])
+def test_stages_of_unlike_size_get_back_what_they_gave_between_neighbours(
+    layers: tuple[int, ...],
+) -> None:
+    blocks, caches = 4096, []
+    for each in layers:
+        block = each * 64 * KiB
+        arena = tem.Arena("host", capacity="4GiB", reserve=(0, 0), broker=None)
+        account = arena.account("engine", "serving")
+        caches.append(ElasticCache(account, blocks, [Region(blocks * block, block)]))
+    hellos = [line.Hello(0, blocks, each.chunk_blocks, each.all_apart) for each in caches]
+    for cache in caches:
+        cache.set_chunks(agreed(hellos))
+        assert cache.freed_bytes > 0
+        cache.ensure(range(4))
+        cache.release([2])
+        cache.ensure([2], timeout=1.0)
+
+
+@pytest.mark.parametrize("other", [line.Hello(1, 0, 0, False), line.Hello(1, 32, 8, True)])
 def test_if_one_rank_cannot_be_elastic_none_is(other: line.Hello) -> None:
-    ranks, welcomes = met([line.Hello(0, 40, 8), other])
+    ranks, welcomes = met([line.Hello(0, 40, 8, True), other])
     assert not ranks.elastic
     assert [each.chunk_blocks for each in welcomes] == [0, 0]
 
 
 def test_a_rank_that_fails_before_it_has_met_the_others_is_not_waited_for() -> None:
     with pytest.raises(EOFError, match="has ended"):
-        met([None, line.Hello(1, 40, 8)])
+        met([None, line.Hello(1, 40, 8, True)])
 
 
 @pytest.fixture
