@@ -15,7 +15,7 @@ import torch
 from torch_elastic_mem import _C, elastic_kv
 from torch_elastic_mem.account import Account
 from torch_elastic_mem.cpu_allocator import install_cpu_allocator
-from torch_elastic_mem.errors import TemError
+from torch_elastic_mem.errors import InUseError, TemError
 from torch_elastic_mem.torch_cuda import account_of_torch
 from torch_elastic_mem.torch_hooks import plain_hooks
 
@@ -101,6 +101,22 @@ class Stowage:
         _kept.append(self._heap)
         return pool
 
+    def save(self) -> None:
+        """Copies its bytes to host memory, for a `put_away` that follows at once and is to keep them.
+
+        This is what may fail for want of host memory: nothing has gone by then.
+        """
+        if self.away:
+            return
+        self._heap.empty_cache()
+        self._saved = [self._copied(address, count) for address, count in self._pieces()]
+        self._synchronize()
+
+    def drop(self) -> None:
+        """Forgets what `save` has copied, where nothing follows."""
+        if not self.away:
+            self._saved = []
+
     def put_away(self, *, keep: bool) -> None:
         """Lets all memory go. The caller has seen to it that nothing uses it any more, on any stream.
 
@@ -112,11 +128,18 @@ class Stowage:
         """
         if self.away:
             return
+        if not keep:
+            self._saved = []
+        elif not self._saved:
+            self.save()
         self._heap.empty_cache()
-        saved = [self._copied(address, count) for address, count in self._pieces()] if keep else []
         self._synchronize()
-        self._heap.put_away()
-        self._saved, self.away = saved, True
+        try:
+            self._heap.put_away()
+        except InUseError:
+            self.drop()
+            raise
+        self.away = True
         deadline = time.monotonic() + _SETTLE
         while self.resident_bytes and time.monotonic() < deadline:
             self._account.trim()

@@ -120,13 +120,18 @@ class Balloon:
     def park(self, chunks: Iterable[int]) -> None:
         """Takes chunks that nobody uses out of the pool; what is cached in them is forgotten."""
         taken = list(chunks)
+        self.forget(taken)
         blocks = [block for chunk in taken for block in self.of(chunk)]
-        if cached := {block.block_id for block in blocks if block.block_hash is not None}:
-            self._pool.evict_blocks(cached)
         self._pool.touch(blocks)
         self._out.update(taken)
         self.parked_blocks += len(blocks)
         self._counted, self._more = 0, True
+
+    def forget(self, chunks: Iterable[int]) -> None:
+        """Forgets what is cached in these chunks."""
+        blocks = (block for chunk in chunks for block in self.of(chunk))
+        if cached := {block.block_id for block in blocks if block.block_hash is not None}:
+            self._pool.evict_blocks(cached)
 
     def unpark(self, chunks: Iterable[int]) -> None:
         """Lets the pool have these chunks again; the lowest of their blocks are used first."""

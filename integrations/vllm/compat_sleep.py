@@ -26,6 +26,8 @@ def other_sleep(model_config: Any) -> str | None:
         return f"it sleeps by a backend of its own, {backend}"
     if getattr(model_config, "sleep_mode_offload_cudagraph", False):
         return "what CUDA graphs work in sleeps under `tem run` only, and there of itself"
+    if getattr(model_config, "enable_nccl_comm_suspend", False):
+        return "all ranks suspend their communicators together, and a rank that is refused memory would not"
     return None
 
 

@@ -140,8 +140,8 @@ class Elastic(Base):
             return stats
 
     def set_pause_state(self, pause_state: PauseState) -> None:
-        """As vLLM's; but while its memory is away, an engine is paused whoever resumes it."""
-        if pause_state == PauseState.UNPAUSED and self.elastic.away:
+        """As vLLM's; but while its cache or its model is away, an engine is paused whoever resumes it."""
+        if pause_state == PauseState.UNPAUSED and (self.elastic.away or self.elastic.weights_away):
             log.warning("the engine sleeps: it goes on after wake_up(), and not before")
             return
         super().set_pause_state(pause_state)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
 
-from torch_elastic_mem.errors import InUseError, OutOfMemory
+from torch_elastic_mem.errors import InUseError, OutOfMemory, TemError
 from torch_elastic_mem.integrations.vllm import compat_sleep
 from torch_elastic_mem.integrations.vllm.cache import close_later
 from torch_elastic_mem.stowage import Stowage
@@ -109,6 +109,9 @@ class Sleep(SleepModeBackend):
     def suspend(self, level: int = 1) -> None:
         """Gives the KV cache back, and the weights: at level 1 their bytes stay in host memory.
 
+        Where something does not go after all, and what went cannot come back, for somebody has its memory by
+        then, the engine sleeps, as far as it does: it can be woken.
+
         Raises:
             InUseError: requests hold blocks, or a graph is captured. What was awake is awake.
         """
@@ -116,19 +119,41 @@ class Sleep(SleepModeBackend):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        cache = self._cache(away=False)
-        with ExitStack() as undo:
-            if cache is not None:
-                cache.put_away()
-                undo.callback(cache.bring_back, WAKE)
-            for stowage, keep in self._stowages(level):
-                if not stowage.away:
-                    stowage.put_away(keep=keep)
-                    undo.callback(stowage.bring_back, WAKE)
-            undo.pop_all()
-        self._state = "SUSPENDED"
-        self.cool_down()
+        undo = ExitStack()
+        try:
+            self._give_back(level, undo)
+        except (TemError, RuntimeError, MemoryError) as reason:
+            try:
+                undo.close()
+            except OutOfMemory as refusal:
+                log.error("not all of the engine sleeps: %s; nor does all of it wake up: %s", reason, refusal)
+            else:
+                raise
+        self._suspended()
         log.info("asleep at level %d: %r holds %d MiB", level, self._account, self._account.held >> 20)
+
+    def _give_back(self, level: int, undo: ExitStack) -> None:
+        stowages = [(stowage, keep) for stowage, keep in self._stowages(level) if not stowage.away]
+        # What may well fail comes before what others take at once.
+        for stowage, keep in stowages:
+            if keep:
+                undo.callback(stowage.drop)
+                stowage.save()
+        if (cache := self._cache(away=False)) is not None:
+            cache.put_away()
+            undo.callback(cache.bring_back, WAKE)
+        for stowage, keep in stowages:
+            stowage.put_away(keep=keep)
+            undo.callback(stowage.bring_back, WAKE)
+
+    def _suspended(self) -> None:
+        self._state = "SUSPENDED"
+        self._tell()
+        self.cool_down()
+
+    def _tell(self) -> None:
+        if self.cache is not None and self.cache.resting is not None:
+            self.cache.resting.weights_away = self.weights.away
 
     def resume(self, tags: Sequence[str] | None = None) -> None:
         """Brings back what is named, or all: the weights whole, of the cache what a first step takes.
@@ -158,6 +183,7 @@ class Sleep(SleepModeBackend):
         except OutOfMemory as reason:
             self.cool_down()
             raise OutOfMemory(f"the engine does not wake up, and sleeps on: {reason}") from None
+        self._tell()
         if not self.weights.away and self._cache(away=True) is None:
             self._state = "RUNNING"
 
@@ -168,8 +194,7 @@ class Sleep(SleepModeBackend):
             cache.put_away()
         if "weights" in tags:
             self.weights.put_away(keep=False)
-        self._state = "SUSPENDED"
-        self.cool_down()
+        self._suspended()
 
     def _stowages(self, level: int = 1) -> list[tuple[Stowage, bool]]:
         """All of them, and whether their bytes are kept; the model, which is the largest, last."""

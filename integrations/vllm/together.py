@@ -53,17 +53,25 @@ class Together:
     def sleep(self, level: int = 1) -> None:
         """Gives the KV cache back, then the weights.
 
+        Where a rank does not fall asleep and another cannot wake up again, for somebody has its memory by
+        then, the engine sleeps, as far as it does: it can be woken.
+
         Raises:
             InUseError: requests hold blocks, or a rank does not fall asleep. What was awake is awake.
         """
         cache = self._put_away()
         if refusal := self._refusal("sleep", level):
-            self._ask("wake_up", None)
+            if stuck := self._refusal("wake_up", None):
+                log.error("not all of the engine sleeps: %s; nor does all of it wake up: %s", refusal, stuck)
+                self._level = level
+                self._tell(weights_away=True)
+                return
             if cache is not None:
                 cache.bring_back(WAKE)
             lost = "; other ranks have lost their weights by then: load them again" if level == 2 else ""
             raise InUseError(f"no rank falls asleep: {refusal}{lost}")
         self._level = level
+        self._tell(weights_away=True)
 
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
         """Brings back what is named, or all.
@@ -89,6 +97,7 @@ class Together:
             raise OutOfMemory(f"the engine does not wake up, and sleeps on: {refusal}")
         if tags is None or "weights" in tags:
             self._level = 0
+            self._tell(weights_away=False)
 
     def discard(self, tags: tuple[str, ...]) -> None:
         """Gives back what is named, and keeps none of it.
@@ -100,6 +109,12 @@ class Together:
             self._put_away()
         if refusal := self._refusal("discard", tags):
             raise InUseError(f"not all ranks give back what is not wanted: {refusal}")
+        if "weights" in tags:
+            self._tell(weights_away=True)
+
+    def _tell(self, *, weights_away: bool) -> None:
+        if self._ranks.resting is not None:
+            self._ranks.resting.weights_away = weights_away
 
     def _refusal(self, method: str, argument: object) -> str | None:
         """Why the first rank that did not do it did not."""

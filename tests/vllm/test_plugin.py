@@ -123,6 +123,7 @@ def test_one_rank_gets_our_worker_beside_our_scheduler(
         ("scheduler_config.scheduler_cls", "mine.Scheduler", "a scheduler class of its own, mine.Scheduler"),
         ("model_config", sleeping("mine"), "a backend of its own, mine"),
         ("model_config", sleeping(sleep_mode_offload_cudagraph=True), "sleeps under `tem run` only"),
+        ("model_config", sleeping(enable_nccl_comm_suspend=True), "suspend their communicators together"),
         ("model_config.runner_type", "pooling", "pooling"),
         ("load_config.load_format", "ipc_cache", "its weights may be another process's memory"),
         ("speculative_config", SimpleNamespace(enable_adaptive_verification=True), "adaptive verification"),

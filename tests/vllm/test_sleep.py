@@ -21,6 +21,7 @@ from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Demand, Engine, MiB
 from torch_elastic_mem.extension import torch_extension
 from torch_elastic_mem.integrations.vllm import sleep as module
 from torch_elastic_mem.integrations.vllm.cache import open_account
+from torch_elastic_mem.integrations.vllm.memory import CalledOff
 from torch_elastic_mem.integrations.vllm.sleep import Sleep
 
 pytestmark = pytest.mark.timeout(400)
@@ -30,10 +31,10 @@ pytestmark = pytest.mark.timeout(400)
 
 
 def test_all_of_the_cache_goes_the_null_block_too(full: Engine) -> None:
-    leave(full.pool, [9, 30])
+    leave(full.pool, [1, 9, 30])
     full.controller.put_away()
     assert (full.cache.resident_bytes, full.cache.account.held) == (0, 0)
-    assert not cached(full.pool, 9) and not cached(full.pool, 30)
+    assert not any(cached(full.pool, block) for block in (1, 9, 30)), "the null block's neighbour too"
     assert full.controller.away
 
 
@@ -83,6 +84,27 @@ def test_it_wakes_with_what_vllm_has_for_itself_and_grows_from_there(full: Engin
     full.step(needed=12, ahead=12)
     full.assert_sound()
     assert full.cache.resident_bytes >= 6 * CHUNK
+
+
+def test_a_wake_up_that_gives_way_to_somebody_is_tried_again(
+    full: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full.controller.put_away()
+    plain, refusals = full.cache.ensure, [CalledOff("somebody else was given it")] * 2
+
+    def ensure(*args: Any, **named: Any) -> None:
+        if refusals:
+            raise refusals.pop()
+        plain(*args, **named)
+
+    monkeypatch.setattr(full.cache, "ensure", ensure)
+    full.controller.bring_back(LONG)
+    assert not full.controller.away
+    full.controller.put_away()
+    refusals += [CalledOff("somebody else was given it")]
+    with pytest.raises(tem.OutOfMemory, match="somebody else"):
+        full.controller.bring_back(0.0)
+    assert full.controller.away
 
 
 def test_one_that_is_closed_while_it_sleeps_has_given_everything_back(full: Engine) -> None:
@@ -253,6 +275,54 @@ def test_an_engine_whose_weights_cannot_go_stays_awake(
     assert (sleeper.engine.controller.away, sleeper.sleep.state()) == (False, "RUNNING")
     assert sleeper.whole()
     sleeper.engine.assert_sound()
+
+
+def test_host_memory_that_is_not_to_be_had_is_asked_for_before_anything_goes(
+    sleeper: Sleeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(address: int, count: int) -> None:
+        assert not sleeper.engine.controller.away
+        raise RuntimeError("no memory can be pinned")
+
+    monkeypatch.setattr(sleeper.sleep.weights, "_copied", refused)
+    with pytest.raises(RuntimeError, match="pinned"):
+        sleeper.sleep.suspend(1)
+    assert (sleeper.engine.controller.away, sleeper.sleep.state()) == (False, "RUNNING")
+    assert sleeper.whole() and not sleeper.sleep.runtime._saved
+    sleeper.engine.assert_sound()
+
+
+def test_one_that_neither_falls_asleep_nor_wakes_again_can_be_woken(
+    sleeper: Sleeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*, keep: bool) -> None:
+        raise tem.InUseError("a graph is captured")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sleeper.sleep.weights, "put_away", refused)
+        patch.setattr(sleeper.engine.cache, "ensure", out_of_memory)
+        sleeper.sleep.suspend(1)
+    assert (sleeper.engine.controller.away, sleeper.sleep.state()) == (True, "SUSPENDED")
+    sleeper.sleep.resume()
+    assert sleeper.whole() and sleeper.sleep.state() == "RUNNING"
+    assert not sleeper.engine.controller.away
+    sleeper.engine.assert_sound()
+
+
+def out_of_memory(*args: Any, **named: Any) -> None:
+    raise tem.OutOfMemory("training holds all")
+
+
+@pytest.mark.parametrize("tags", [["kv_cache"], ["weights"]])
+def test_the_scheduler_knows_of_weights_that_are_away(sleeper: Sleeper, tags: list[str]) -> None:
+    sleeper.sleep.suspend(1)
+    assert sleeper.engine.controller.weights_away
+    sleeper.sleep.resume(tags)
+    assert sleeper.engine.controller.weights_away == (tags == ["kv_cache"])
+    sleeper.sleep.resume()
+    assert not sleeper.engine.controller.weights_away
+    sleeper.sleep.discard(("weights",))
+    assert sleeper.engine.controller.weights_away
 
 
 def test_what_graphs_work_in_goes_with_the_engine_and_the_rest_with_who_has_it(sleeper: Sleeper) -> None:

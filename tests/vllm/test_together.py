@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ class Cache:
     """The scheduler's side of a KV cache, which remembers what was done to it."""
 
     bytes = 1
+    weights_away = False
 
     def __init__(self, *, away: bool = False) -> None:
         self.away = away
@@ -110,6 +112,20 @@ def test_where_one_does_not_fall_asleep_all_are_awake(
     assert ranks.state == ASLEEP
 
 
+def test_where_one_does_not_fall_asleep_and_another_does_not_wake_again_they_can_be_woken(
+    ranks: Ranks, together: Together
+) -> None:
+    ranks.refuses = {("sleep", 1): "no memory can be pinned", ("wake_up", 0): "training holds all"}
+    together.sleep(1)
+    assert ranks.state == (True, [True, False])
+    with pytest.raises(tem.OutOfMemory, match="sleeps on: rank 0: training holds all"):
+        together.wake_up(None)
+    assert ranks.state[0] and ranks.state[1][0]
+    ranks.refuses.clear()
+    together.wake_up(None)
+    assert ranks.state == AWAKE
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("level", [1, 2])
 def test_where_one_does_not_wake_all_sleep_on(
@@ -142,6 +158,7 @@ def test_a_partial_wake_brings_back_what_is_named(ranks: Ranks, together: Togeth
     together.sleep(1)
     together.wake_up(order[:1])
     assert ranks.state[0] == (order[0] != "kv_cache")
+    assert ranks.resting is not None and ranks.resting.weights_away == (order[0] != "weights")
     together.wake_up(order[1:])
     assert ranks.state[0] is False
     assert ranks.asked[1:] == [("wake_up", order[:1]), ("wake_up", order[1:])]
@@ -185,3 +202,23 @@ def test_a_worker_that_fails_says_why_and_raises_nothing() -> None:
 
     assert attempt(Worker(), "sleep", 2) == "level 2"
     assert attempt(Worker(), "wake_up", None) == "ValueError()"
+
+
+def test_vllm_may_name_the_arguments_or_not() -> None:
+    from torch_elastic_mem.integrations.vllm.executor import ElasticExecutor
+
+    asked: list[tuple[Any, ...]] = []
+    executor = object.__new__(ElasticExecutor)
+    executor.world_size = 2
+    executor.elastic_together = SimpleNamespace(  # type: ignore[assignment]
+        sleep=lambda *args, **named: asked.append(("sleep", args, named)),
+        wake_up=lambda *args, **named: asked.append(("wake_up", args, named)),
+    )
+    assert executor.collective_rpc("sleep", None, (), {"level": 2}) == [None, None]
+    assert executor.collective_rpc("sleep", kwargs={"level": 2}) == [None, None]
+    assert executor.collective_rpc("wake_up", None, (["weights"],)) == [None, None]
+    assert asked == [
+        ("sleep", (), {"level": 2}),
+        ("sleep", (), {"level": 2}),
+        ("wake_up", (["weights"],), {}),
+    ]
