@@ -243,14 +243,13 @@ def sleeping(llm: Any) -> None:
         memory.close()
         arena.collect()
     core.resume_scheduler()
-    told["resumed while asleep"] = scheduler.pause_state.name
+    told["resumed while asleep"] = [scheduler.pause_state.name]
     llm.wake_up(tags=["weights"])
     told["with weights"] = [account.held, llm.llm_engine.is_sleeping()]
     llm.wake_up(tags=["kv_cache"])
     told["with all"] = [account.held, llm.llm_engine.is_sleeping()]
     told["chunk"] = worker.elastic_cache.chunk_bytes
     told["tokens"].append(tokens(llm, 1, 8))
-
     if hasattr(llm, "release_kv_cache_memory"):
         llm.llm_engine.step()  # tells the worker which requests have ended
         llm.sleep(level=0)
@@ -258,12 +257,13 @@ def sleeping(llm: Any) -> None:
         told["without its cache"] = [account.held, llm.llm_engine.is_sleeping()]
         llm.wake_up(tags=["kv_cache"])
         told["tokens"].append(tokens(llm, 1, 8))
-
     state = {name: each.clone() for name, each in worker.model_runner.get_model().named_parameters()}
     buffers = {name: each.clone() for name, each in worker.model_runner.get_model().named_buffers()}
     llm.sleep(level=2)
     told["asleep at level 2"] = [account.held, len(sleep.weights._saved)]
     llm.wake_up(tags=["kv_cache"])
+    core.resume_scheduler()
+    told["resumed while asleep"].append(scheduler.pause_state.name)
     llm.wake_up(tags=["weights"])
     for name, each in worker.model_runner.get_model().named_parameters():
         each.data.copy_(state[name])
