@@ -108,7 +108,7 @@ class Arena:
 
     @property
     def capacity(self) -> int:
-        """Bytes that accounts may hold together, reserve included."""
+        """Bytes that accounts may hold together, reserve included; under a broker, at most."""
         capacity: int = self._core.state()["capacity"]
         return capacity
 

@@ -58,7 +58,7 @@ class Upstream {
 
   // Never block; called with the arena's lock.
 
-  /// Bytes of the device that are shared out.
+  /// Bytes of the device that are shared out, at most: what programs outside hold comes and goes.
   virtual size_t capacity() const noexcept = 0;
   virtual void give_back(AccountId id, size_t bytes) noexcept = 0;
   /// What accounts hold, or can give, has changed.

@@ -26,6 +26,7 @@ from torch_elastic_mem.broker.protocol import (
     Refused,
     Report,
     Return,
+    Welcome,
     Withdraw,
 )
 from torch_elastic_mem.broker.session import Process, Session
@@ -156,6 +157,7 @@ class Player:
         self.session = self.world.broker.hello(self.process, 0, hello)
         self.world.players[self.session] = self
         self.world.deliver()
+        (self.welcome,) = self.take(Welcome)
         self.inbox.clear()
 
     def say(self, message: Message, number: int | None = None) -> int:

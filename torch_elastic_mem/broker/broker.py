@@ -229,7 +229,7 @@ class Broker:
         books = self._books_of(message)
         session = Session(process, message.process, message.granularity)
         self._sessions[session] = books
-        self.post.append((session, request, Welcome(self.epoch, books.accounts.ledger.capacity)))
+        self.post.append((session, request, Welcome(self.epoch, books.device.most)))
         return session
 
     def receive(self, session: Session, request: int, message: Message) -> None:

@@ -44,6 +44,11 @@ class Device:
         return max(self._outside, default=0)
 
     @property
+    def most(self) -> int:
+        """What can be shared out when no others hold anything."""
+        return min(self.limit, self.total)
+
+    @property
     def capacity(self) -> int:
         """What can be shared out now."""
         return min(self.limit, self.total - self.outside)
