@@ -110,7 +110,10 @@ class Controller:
             self._grow(self._needs().running - self.balloon.free_blocks, short=False)
             return
         unused = self.balloon.unused(low)
-        if unused >= low or self.grower.resting(short=True):
+        if unused >= low:
+            self.grower.keep(-(-(high - unused) // self._cache.chunk_blocks), short=False)
+            return
+        if self.grower.resting(short=True):
             return
         free, needs = self.balloon.free_blocks, self._needs()
         short = free < max(low, needs.most)
@@ -154,7 +157,7 @@ class Controller:
         """The part in use of the blocks that are to be had: of all, until memory is refused."""
         with self.lock:
             blocks = self._cache.num_blocks - 1
-            if self.grower.resting():
+            if self.grower.refused():
                 blocks -= self.balloon.parked_blocks
             return self.balloon.in_use() / blocks if blocks > 0 else 0.0
 
@@ -252,7 +255,8 @@ class Controller:
         if blocks <= 0 or self.grower.resting(short):
             return
         coming = self.grower.coming
-        chunks = max(0, -(-blocks // self._cache.chunk_blocks) - len(coming))
+        chunks = max(0, (wanted := -(-blocks // self._cache.chunk_blocks)) - len(coming))
+        self.grower.keep(wanted, short)
         dearer = short and not self._short
         if not coming or dearer:
             # What was refused may be refused again, and steps would wait for that over and over.

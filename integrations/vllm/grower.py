@@ -112,6 +112,19 @@ class Grower:
             taken, self._ready = self._ready, []
             return taken
 
+    def keep(self, count: int, short: bool) -> None:
+        """Wants so many chunks in all of what is coming, and no more: whoever needed them may have gone.
+
+        Args:
+            count: how many.
+            short: there is nothing else that the engine could use.
+        """
+        if not self._asked:
+            return  # every step asks
+        with self._changed:
+            del self._asked[max(0, count - len(self._at_work) - len(self._ready)) :]
+            self._short &= short and bool(self._asked)
+
     def cancel(self) -> None:
         """Forgets what has not been begun."""
         with self._changed:
@@ -201,7 +214,10 @@ class Grower:
             try:
                 # Who could yield has been waited for: what they gave is free. Others wait for this to end.
                 self._memory.ensure([chunk], rung, BRIEF)
-            except TemError:
+            except OutOfMemory:
+                break
+            except Exception:
+                log.exception("the KV cache does not grow")
                 break
             got.append(chunk)
         return got

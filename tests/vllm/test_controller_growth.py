@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from tests.arena.watch import comes_true
 from tests.vllm.pools import free_ids, leave
 from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Demand, Engine, MiB
 from torch_elastic_mem.integrations.vllm import controller as module
@@ -155,6 +156,23 @@ def test_at_its_own_limit_an_engine_gives_up_what_is_cached_to_grow_and_nothing_
     small.assert_sound()
 
 
+def test_a_growth_is_no_dearer_and_no_larger_than_it_is_needed_yet(
+    small: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = held_back(small, monkeypatch)
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    small.step(needed=28, ahead=2)
+    grower = small.controller.grower
+    assert comes_true(lambda: grower._at_work == [1, 2, 3, 4])
+    assert len(grower.coming) == 14 and grower._short
+    small.step(ahead=1, high=11)
+    assert (len(grower.coming), grower._short) == (5, False), "what is at work, and one more"
+    small.step(ahead=1)
+    assert grower.coming == [1, 2, 3, 4]
+    gate.set()
+    grower.wait(LONG)
+
+
 def test_memory_that_does_not_come_is_waited_for_no_longer_than_patience(
     small: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,14 +299,18 @@ def test_memory_that_has_come_and_was_not_taken_goes_to_who_asks(small: Engine) 
     small.assert_sound()
 
 
-def test_parked_blocks_are_not_in_use_and_until_memory_is_refused_they_are_to_be_had(small: Engine) -> None:
+def test_parked_blocks_are_not_in_use_and_until_memory_is_refused_they_are_to_be_had(
+    small: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grower_module, "REST", 0.0)  # it may ask again at once, and is short all the while
     assert small.controller.usage() == 0.0
     small.hold(1)
     assert small.controller.usage() == 1 / 31
     small.pressing.grow(15 * CHUNK, timeout=LONG)
     small.step(needed=9, ahead=9)
-    assert small.controller.grower.resting()
     assert small.controller.usage() == 1.0
+    small.pressing.shrink(15 * CHUNK)
+    assert comes_true(lambda: small.controller.usage() == 1 / 31)
 
 
 def test_a_full_engine_is_in_use_by_what_requests_hold(full: Engine) -> None:
