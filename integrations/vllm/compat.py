@@ -176,6 +176,12 @@ def queues(scheduler: Any) -> list[Iterable[Any]]:
     return [getattr(scheduler, name) for name in names if hasattr(scheduler, name)]
 
 
+def deferred(scheduler: Any) -> Collection[Any]:
+    """Those of them that the last look at a queue has put off, for good; up to 0.28 they have a queue."""
+    found: Collection[Any] = getattr(scheduler, "deferred_waiting", ())
+    return found
+
+
 def preempt(scheduler: Any, request: Any) -> None:
     """Takes a running request's blocks; it queues and is computed anew, without what is in flight.
 

@@ -58,11 +58,11 @@ class Elastic(Base):
         self._copies = Copies(self.connector)
         self._in_order = compat.delivering(self)
         compat.retain_tiles(self)
-        self._queues = compat.queues(self)
+        self._queues, self._deferred = compat.queues(self), compat.deferred(self)
         specs = compat.specs(self.kv_cache_config)
         self._block_sizes = [spec.block_size for spec in specs]
-        managers = self.kv_cache_manager.coordinator.single_type_managers
-        self._most = [compat_layers.most(manager) for manager in managers]
+        self._managers = self.kv_cache_manager.coordinator.single_type_managers
+        self._most = [compat_layers.most(manager) for manager in self._managers]
         self._states = sum(map(compat_layers.states, specs))
         self._of_tokens = sum(type(compat.layers(spec)[0]).__name__ != "MambaSpec" for spec in specs)
         balloon = Balloon(
@@ -175,32 +175,44 @@ class Elastic(Base):
         return Needs(running, least + (0 if self.running else sum(waiting[:1])), most)
 
     def _blocks_of(self, request: Any) -> int:
-        """Blocks that the whole of a request that waits may take.
+        """Blocks that the whole of a request that waits may take, beside those that it holds.
 
-        Of a long one what others hold is taken off, as of a preamble that all have: it is found by a look at
-        each block. The last token is computed in any case.
+        One that was fed by its client or loaded for holds some. Of a long one what others hold is taken off,
+        as of a preamble that all have: it is found by a look at each block. The last token is computed in any
+        case.
         """
         tokens = request.num_tokens + self.num_lookahead_tokens
         blocks = self._states + sum(
             min(-(-tokens // size), most) + 1
             for size, most in zip(self._block_sizes, self._most, strict=True)
         )
+        if request.num_computed_tokens > 0:
+            return max(0, blocks - self._held_by(request))
         if blocks <= self._low or len(self._block_sizes) > 1 or request.skip_reading_prefix_cache:
             return blocks
         shared = self.elastic.balloon.held_prefix(request.block_hashes)
         return blocks - min(shared, (request.num_tokens - 1) // self._block_sizes[0])
 
+    def _held_by(self, request: Any) -> int:
+        held = (manager.req_to_blocks.get(request.request_id, ()) for manager in self._managers)
+        return sum(not block.is_null for blocks in held for block in blocks)
+
     def _first_waiting(self) -> int:
         """Blocks of who is to be admitted next: a prompt may be longer than what a step computes.
 
-        Which queue is first differs between releases, and with what is guided.
+        Which queue is first differs between releases, and with what is guided; those that are put off may
+        stand before who is not.
         """
         most = 0
         for queue in self._queues:
+            put_off = False
             for request in queue:
-                if request.status not in HOLDING:
-                    most = max(most, self._blocks_of(request))
+                if request.status in HOLDING or (put_off and request in self._deferred):
+                    continue
+                most = max(most, self._blocks_of(request))
+                if request not in self._deferred:
                     break
+                put_off = True
         return most
 
     def _to_admit(self) -> list[Iterator[Any]]:

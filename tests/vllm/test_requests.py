@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.v1.request import RequestStatus
+
 from torch_elastic_mem.integrations.vllm import compat
+from torch_elastic_mem.integrations.vllm.scheduler import Elastic
 
 
 class FakeScheduler:
@@ -112,6 +115,62 @@ def test_requests_wait_in_the_queues_that_there_are() -> None:
     queues = SimpleNamespace(waiting=["b", "c"], skipped_waiting=["d"], kv_holding_waiting=["a"])
     assert compat.queues(queues) == [["a"], ["b", "c"], ["d"]]
     assert compat.queues(SimpleNamespace(waiting=["b"])) == [["b"]]
+
+
+class Waiting:
+    """A request that wants so many tokens' blocks in all, of which so many are computed."""
+
+    def __init__(self, tokens: int, computed: int = 0, status: str = "WAITING") -> None:
+        self.request_id, self.num_tokens, self.num_computed_tokens = f"{tokens}", tokens, computed
+        self.status = RequestStatus[status]
+        self.skip_reading_prefix_cache = True
+
+
+def scheduler_of(*queues: list[Waiting], put_off: Any = (), held: Any = None) -> Any:
+    """As much of ours as counts blocks of 16 tokens, for layers with a window of 64 tokens and without."""
+    blocks = [SimpleNamespace(is_null=null) for null in held or ()]
+    made = SimpleNamespace(
+        _queues=queues,
+        _deferred=put_off,
+        _low=2,
+        _states=0,
+        _block_sizes=[16, 16],
+        _most=[10**6, 5],
+        _managers=[SimpleNamespace(req_to_blocks={"320": blocks}), SimpleNamespace(req_to_blocks={})],
+        num_lookahead_tokens=0,
+    )
+    for name in ("_blocks_of", "_held_by", "_first_waiting"):
+        setattr(made, name, MethodType(getattr(Elastic, name), made))
+    return made
+
+
+def test_who_waits_with_blocks_needs_only_the_others() -> None:
+    assert scheduler_of()._blocks_of(Waiting(320)) == 21 + 6
+    assert scheduler_of(held=[False] * 18 + [True] * 5)._blocks_of(Waiting(320, 300)) == 27 - 18
+    assert scheduler_of(held=[False] * 40)._blocks_of(Waiting(320, 300)) == 0
+
+
+def test_the_first_of_each_queue_is_to_be_admitted_next_but_for_those_with_blocks() -> None:
+    short, long, loading = Waiting(16), Waiting(640), Waiting(1600, status="WAITING_FOR_REMOTE_KVS")
+    assert scheduler_of([])._first_waiting() == 0
+    assert scheduler_of([loading, short, long])._first_waiting() == 2 + 2
+    assert scheduler_of([short], [long])._first_waiting() == 41 + 6
+
+
+def test_who_is_put_off_does_not_hide_a_long_prompt_behind_it() -> None:
+    first, second, long, last = Waiting(16), Waiting(3200), Waiting(640), Waiting(6400)
+    scheduler = scheduler_of([first, second, long, last], put_off={first, second})
+    assert scheduler._first_waiting() == 41 + 6
+    assert scheduler_of([first, second], put_off={first, second})._first_waiting() == 2 + 2
+
+
+def test_a_scheduler_keeps_what_it_has_put_off_in_one_set() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    assigned = "self.deferred_waiting: set[Request] = set()"
+    every = inspect.getsource(Scheduler).count("self.deferred_waiting =")
+    assert every == 0 and inspect.getsource(Scheduler.__init__).count(assigned) <= 1
+    assert compat.deferred(SimpleNamespace()) == ()
 
 
 def test_a_scheduler_keeps_the_queues_it_began_with() -> None:
