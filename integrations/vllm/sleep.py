@@ -82,7 +82,8 @@ class Sleep(SleepModeBackend):
 
     @contextmanager
     def _loading(self) -> Iterator[None]:
-        with self.weights.allocations(), compat_sleep.lora_states_in(self.allocations), self.capturing():
+        # First what imports a module of vLLM's: constants of those are no weights.
+        with compat_sleep.lora_states_in(self.allocations), self.weights.allocations(), self.capturing():
             yield
 
     def capturing(self) -> AbstractContextManager[None]:
