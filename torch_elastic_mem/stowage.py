@@ -130,9 +130,10 @@ class Stowage:
             return
         if not keep:
             self._saved = []
+            self._heap.empty_cache()
         elif not self._saved:
             self.save()
-        self._heap.empty_cache()
+        # Nothing is emptied after `save`: the bytes of what came free since are to find a place.
         self._synchronize()
         try:
             self._heap.put_away()

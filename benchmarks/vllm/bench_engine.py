@@ -16,7 +16,7 @@ from benchmarks import machine
 from benchmarks.options import backend_option, errors_as_messages, out_option
 from benchmarks.results import Result, command_line
 from benchmarks.terminal import progress, publish
-from benchmarks.vllm.engine import CONTROL, KVCACHED, OURS, STOCK, Opening
+from benchmarks.vllm.engine import CONTROL, KVCACHED, OURS, STOCK, opening_of
 from benchmarks.vllm.engine_tables import SQUEEZED, tables
 from benchmarks.vllm.engine_worker import Squeeze
 from benchmarks.vllm.load import Load
@@ -138,13 +138,13 @@ def main(
 ) -> None:
     """One model under stock vLLM and under ours, at rates from light to beyond saturation."""
     on_cuda = device_of(backend)[0] == "cuda"
-    shape = shape or ("llama-8b" if on_cuda else "tiny")
     rates = rates or ((4.0, 16.0, 0.0) if on_cuda else (8.0, 0.0))
-    kv = 15 * GIB if on_cuda else 64 * MIB
-    opening = Opening(shape, kv, 4096 if on_cuda else 1024, eager or not on_cuda)
-    turns = [loads_of(rates, shape, seconds, on_cuda, turn) for turn in range(rounds + 1)]
+    opening = opening_of(on_cuda, shape, eager)
+    turns = [loads_of(rates, opening.shape, seconds, on_cuda, turn) for turn in range(rounds + 1)]
     granularity = 2 * MIB
-    squeeze = Squeeze(int(kv * (1 - LEFT)) // granularity * granularity, 1.0 if on_cuda else 0.3)
+    squeeze = Squeeze(
+        int(opening.kv_bytes * (1 - LEFT)) // granularity * granularity, 1.0 if on_cuda else 0.3
+    )
     contenders = [STOCK, *[KVCACHED] * kvcached, OURS, *[CONTROL] * control]
     with errors_as_messages(), started("vllm.engine_worker", contenders, backend) as workers:
         asked = {"open": msgspec.to_builtins(opening)}
@@ -157,7 +157,12 @@ def main(
             "bench_engine",
             command_line("vllm.bench_engine", sys.argv[1:]),
             machine.facts(gpu_uuid=None if not on_cuda else facts[OURS]["uuid"]),
-            {"shape": shape, "opening": msgspec.to_builtins(opening), "rates": list(rates), "rounds": rounds},
+            {
+                "shape": opening.shape,
+                "opening": msgspec.to_builtins(opening),
+                "rates": list(rates),
+                "rounds": rounds,
+            },
             tables(taken.loads, taken.idle, failed),
             {"engines": facts, "loads": taken.loads, "idle": taken.idle},
         )

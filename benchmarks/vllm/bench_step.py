@@ -19,13 +19,12 @@ from benchmarks.options import backend_option, errors_as_messages, out_option
 from benchmarks.results import TARGET_COLUMNS, Result, Table, command_line, target_row
 from benchmarks.terminal import publish
 from benchmarks.timing import Summary, paired_ratio, percentile
-from benchmarks.vllm.engine import CONTROL, OURS, STOCK, Opening
+from benchmarks.vllm.engine import CONTROL, OURS, STOCK, opening_of
 from benchmarks.vllm.shapes import SHAPES
 from benchmarks.vllm.steady import Batch, Steps
 from benchmarks.worker import Worker, ask_all, started, take_turns
 from torch_elastic_mem.device import device_of
 
-MIB, GIB = 1 << 20, 1 << 30
 STARTING = 400.0
 TARGET = 1.01
 PARTS = ("schedule", "launch", "sample", "update")
@@ -136,10 +135,8 @@ def main(
 ) -> None:
     """A step of one model under stock vLLM and under ours, at batches of one size."""
     on_cuda = device_of(backend)[0] == "cuda"
-    shape = shape or ("llama-8b" if on_cuda else "tiny")
-    kv = 15 * GIB if on_cuda else 64 * MIB
-    opening = Opening(shape, kv, 4096 if on_cuda else 1024, eager or not on_cuda)
-    prompt, vocabulary = 256 if on_cuda else 64, SHAPES[shape]["vocab_size"]
+    opening = opening_of(on_cuda, shape, eager)
+    prompt, vocabulary = 256 if on_cuda else 64, SHAPES[opening.shape]["vocab_size"]
     sizes = sizes or ((1, 8, 64) if on_cuda else (2, 8))
     batches = [Batch(size, prompt, steps, vocabulary) for size in sizes]
     contenders = [STOCK, OURS, *[CONTROL] * control]
@@ -147,7 +144,7 @@ def main(
         asked = {"open": msgspec.to_builtins(opening)}
         facts = ask_all(workers, asked, STARTING, label="starting the engines")
         found, failed = taken(workers, batches, rounds)
-        described: dict[str, Any] = {"shape": shape, "opening": msgspec.to_builtins(opening)}
+        described: dict[str, Any] = {"shape": opening.shape, "opening": msgspec.to_builtins(opening)}
         result = Result(
             "bench_step",
             command_line("vllm.bench_step", sys.argv[1:]),

@@ -44,6 +44,13 @@ class Opening(msgspec.Struct):
     block_size: int | None = None
 
 
+def opening_of(on_cuda: bool, shape: str | None, eager: bool) -> Opening:
+    """That of the benchmarks of one engine: Llama's shape and 15 GiB on a GPU, a tiny one elsewhere."""
+    if on_cuda:
+        return Opening(shape or "llama-8b", 15 << 30, 4096, eager)
+    return Opening(shape or "tiny", 64 << 20, 1024, eager=True)
+
+
 def prepare(contender: str, **variables: str) -> None:
     """Sets this process's environment, before vLLM is imported.
 

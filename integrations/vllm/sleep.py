@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
 
-from torch_elastic_mem.errors import InUseError, OutOfMemory, TemError
+from torch_elastic_mem.errors import InUseError, OutOfMemory
 from torch_elastic_mem.integrations.vllm import compat_sleep
 from torch_elastic_mem.integrations.vllm.cache import close_later
 from torch_elastic_mem.stowage import Stowage
@@ -120,16 +120,13 @@ class Sleep(SleepModeBackend):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        undo = ExitStack()
         try:
-            self._give_back(level, undo)
-        except (TemError, RuntimeError, MemoryError) as reason:
-            try:
-                undo.close()
-            except OutOfMemory as refusal:
-                log.error("not all of the engine sleeps: %s; nor does all of it wake up: %s", reason, refusal)
-            else:
-                raise
+            with ExitStack() as undo:
+                self._give_back(level, undo)
+                undo.pop_all()
+        except OutOfMemory as refusal:  # what is brought back asks for memory, and nothing else does
+            reason = refusal.__context__
+            log.error("not all of the engine sleeps: %r; nor does all of it wake up: %s", reason, refusal)
         self._suspended()
         log.info("asleep at level %d: %r holds %d MiB", level, self._account, self._account.held >> 20)
 

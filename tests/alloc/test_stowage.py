@@ -110,6 +110,17 @@ def test_what_came_free_before_is_neither_kept_nor_brought_back(model: Model) ->
     assert sum(data.numel() for _, data in model.stowage._saved) == model.stowage.bytes
 
 
+def test_what_comes_free_between_saving_and_going_has_a_place_when_it_is_back(model: Model) -> None:
+    before = model()
+    with model.stowage.allocations():
+        transient = torch.ones(8 * MiB)
+    model.stowage.save()
+    del transient
+    model.stowage.put_away(keep=True)
+    model.stowage.bring_back()
+    assert torch.equal(model(), before)
+
+
 def test_other_memory_of_the_account_stays(arena: tem.Arena, model: Model) -> None:
     account = model.stowage._account
     memory = account.range(4 * MiB)

@@ -48,3 +48,24 @@ def small(engines: list[Any]) -> Any:
 
     engines.append(Engine(1))
     return engines[-1]
+
+
+@pytest.fixture
+def made() -> Iterator[list[Any]]:
+    """Engines of several ranks, to close at the end."""
+    engines: list[Any] = []
+    yield engines
+    for each in engines:
+        each.close()
+
+
+@pytest.fixture(scope="module")
+def extension() -> None:
+    """What has torch's CPU tensors lie in an arena is built for one torch."""
+    import torch_elastic_mem as tem
+    from torch_elastic_mem.extension import torch_extension
+
+    try:
+        torch_extension("_torch")
+    except tem.TemError as missing:
+        pytest.skip(str(missing))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,27 +13,14 @@ pytest.importorskip("vllm")
 
 import torch_elastic_mem as tem
 from tests.arena.watch import comes_true
-from tests.broker.service import Service
 from tests.rungs import Rung
 from tests.vllm.small_ranks import BLOCKS, CHUNK, Engine, MiB, engine_on, together
-from torch_elastic_mem.broker.control import ControlClient
 from torch_elastic_mem.integrations.vllm import line
-from torch_elastic_mem.integrations.vllm.cache import ElasticCache
-from torch_elastic_mem.integrations.vllm.compat import Region
-from torch_elastic_mem.integrations.vllm.ranks import Ranks, agreed
 from torch_elastic_mem.integrations.vllm.worker import Elastic
 
 ALL = BLOCKS * MiB
 KiB = 1 << 10
 Made = Callable[..., Engine]
-
-
-@pytest.fixture
-def made() -> Iterator[list[Engine]]:
-    engines: list[Engine] = []
-    yield engines
-    for each in engines:
-        each.close()
 
 
 @pytest.fixture
@@ -341,142 +326,6 @@ def test_a_demand_on_a_rank_whose_scheduler_has_gone_ends(engine: Engine) -> Non
     engine.ranks.on_reclaim(lambda nbytes, timeout: engine.ranks.close(), "evict")
     first.rank._asked("evict", CHUNK, 600.0)
     assert first.rank._closed
-
-
-def met(hellos: list[line.Hello | None]) -> tuple[Ranks, list[Any]]:
-    """What becomes of ranks that say this; one that says nothing hangs up."""
-    ranks, door, answers = Ranks(len(hellos)), line.Door(), []
-    for hello in hellos:
-        caller = line.call(str(door.path))
-        if hello is None:
-            caller.close()
-        else:
-            caller.send(hello)
-            answers.append(caller)
-    try:
-        ranks.meet(door)
-        return ranks, [caller.receive() for caller in answers]
-    finally:
-        door.close()
-        ranks.close()
-
-
-def test_ranks_whose_chunks_differ_take_the_largest() -> None:
-    ranks, welcomes = met([line.Hello(1, 40, 8, False), line.Hello(0, 40, 6, False)])
-    assert ranks.elastic
-    assert [each.chunk_blocks for each in welcomes] == [8, 8]
-    assert len({each.group for each in welcomes}) == 1
-    assert (ranks.num_blocks, ranks.freed(range(5)), ranks.freed([4])) == (40, 5, 1)
-
-
-@pytest.mark.parametrize(
-    ("chunks", "together"),
-    [
-        ([(8, True), (8, True)], 8),
-        ([(16, True), (18, False)], 32),
-        ([(16, True), (7, False), (4, True)], 16),
-        ([(5, False), (7, False)], 7),
-    ],
-)
-def test_chunks_of_all_are_whole_ones_of_a_rank_that_shares_no_extents(
-    chunks: list[tuple[int, bool]], together: int
-) -> None:
-    assert agreed([line.Hello(rank, 4096, *each) for rank, each in enumerate(chunks)]) == together
-
-
-@pytest.mark.parametrize("layers", [(16, 15), (7, 8), (31, 32, 3)])
-def test_stages_of_unlike_size_get_back_what_they_gave_between_neighbours(
-    layers: tuple[int, ...],
-) -> None:
-    blocks, caches = 4096, []
-    for each in layers:
-        block = each * 64 * KiB
-        arena = tem.Arena("host", capacity="4GiB", reserve=(0, 0), broker=None)
-        account = arena.account("engine", "serving")
-        caches.append(ElasticCache(account, blocks, [Region(blocks * block, block)]))
-    hellos = [line.Hello(0, blocks, each.chunk_blocks, each.all_apart) for each in caches]
-    for cache in caches:
-        cache.set_chunks(agreed(hellos))
-        assert cache.freed_bytes > 0
-        cache.ensure(range(4))
-        cache.release([2])
-        cache.ensure([2], timeout=1.0)
-
-
-@pytest.mark.parametrize("other", [line.Hello(1, 0, 0, False), line.Hello(1, 32, 8, True)])
-def test_if_one_rank_cannot_be_elastic_none_is(other: line.Hello) -> None:
-    ranks, welcomes = met([line.Hello(0, 40, 8, True), other])
-    assert not ranks.elastic
-    assert [each.chunk_blocks for each in welcomes] == [0, 0]
-
-
-def test_a_rank_that_fails_before_it_has_met_the_others_is_not_waited_for() -> None:
-    with pytest.raises(EOFError, match="has ended"):
-        met([None, line.Hello(1, 40, 8, True)])
-
-
-@pytest.fixture
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    # The path of a socket is short.
-    service = Service(tmp_path_factory.mktemp("b")).start()
-    yield service
-    service.close()
-
-
-def under(path: Path, made: list[Engine]) -> Engine:
-    """Two ranks on one device, each a tenant of the broker, of 100 MiB."""
-    arenas = [tem.Arena("host", capacity=100 * MiB, broker=str(path), yield_timeout=0.5) for _ in range(2)]
-    made.append(Engine(arenas))
-    return made[-1]
-
-
-def test_under_a_broker_ranks_are_granted_together_or_not_at_all(
-    service: Service, made: list[Engine]
-) -> None:
-    engine = under(service.path, made)
-    engine.ranks.ensure(range(4))
-    with service.tenant("other") as other:
-        number = other.open("other", 1000)
-        # Room for one rank's part, and not for both.
-        with ControlClient(service.directory / "control.sock") as control:
-            grants = control.state().grants + 1
-        held = 100 * MiB - 2 * 4 * CHUNK - 6 * CHUNK
-        other.get(number, held)
-        with pytest.raises(tem.OutOfMemory, match="was refused, so none grows"):
-            engine.ranks.ensure(range(4, 8))
-        assert engine.chunks() == [[0, 1, 2, 3]] * 2
-        with ControlClient(service.directory / "control.sock") as control:
-            assert control.state().grants == grants, "no rank had its part at any time"
-        assert [each.cache.account.held for each in engine.ones] == [4 * CHUNK] * 2
-        other.put(number, held)
-    engine.ranks.ensure(range(4, 8))
-    assert engine.chunks() == [list(range(8))] * 2
-
-
-def test_two_engines_that_grow_at_once_never_end_up_with_a_part_each(
-    service: Service, made: list[Engine]
-) -> None:
-    engines = [under(service.path, made) for _ in range(2)]
-    # There is room for one engine's 15 chunks on both ranks, and for a part of the other's.
-    wanted = range(15)
-
-    def grow(engine: Engine) -> None:
-        try:
-            engine.ranks.ensure(wanted)
-        except tem.OutOfMemory:
-            refused.append(engine)
-
-    for _ in range(5):
-        refused: list[Engine] = []
-        together(*(partial(grow, each) for each in engines))
-        assert refused, "there is no room for both"
-        for each in engines:
-            whole = [] if each in refused else list(wanted)
-            settled = [whole] * 2
-            assert comes_true(lambda each=each, settled=settled: each.chunks() == settled)
-            if whole:
-                each.release(*wanted)
-                assert comes_true(lambda each=each: each.chunks() == [[], []])
 
 
 def test_a_step_of_the_warm_up_has_no_number_and_is_not_counted() -> None:
