@@ -67,7 +67,7 @@ def test_sleeping_ranks_hold_nothing_and_wake_up_as_they_were(told: dict[str, An
 
 def test_if_one_rank_cannot_wake_all_sleep_on(told: dict[str, Any]) -> None:
     refusals = of(told, "sleeping")["refusals"]
-    assert len(refusals) == 2
+    assert len(refusals) == 4, "of the cache and of the weights, at either level"
     for refusal, held, asleep in refusals:
         assert "sleeps on: rank 1" in refusal and "neighbour holds" in refusal
         assert (held, asleep) == ([0, 0], True)
