@@ -10,8 +10,8 @@ from typing import Any
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from torch_elastic_mem.integrations.vllm import line
-from torch_elastic_mem.integrations.vllm.cache import keep
 from torch_elastic_mem.integrations.vllm.ranks import Ranks
+from torch_elastic_mem.integrations.vllm.registry import keep
 from torch_elastic_mem.integrations.vllm.together import Together, attempt
 
 log = logging.getLogger("vllm.torch_elastic_mem")

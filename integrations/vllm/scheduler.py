@@ -14,11 +14,12 @@ from vllm.v1.request import RequestStatus
 
 from torch_elastic_mem.integrations.vllm import compat, compat_layers
 from torch_elastic_mem.integrations.vllm.balloon import Balloon
-from torch_elastic_mem.integrations.vllm.cache import ElasticCache, find, forget
+from torch_elastic_mem.integrations.vllm.cache import ElasticCache
 from torch_elastic_mem.integrations.vllm.connectors import Copies
 from torch_elastic_mem.integrations.vllm.controller import Controller
 from torch_elastic_mem.integrations.vllm.demand import Needs
 from torch_elastic_mem.integrations.vllm.mover import Mover
+from torch_elastic_mem.integrations.vllm.registry import find, forget
 from torch_elastic_mem.integrations.vllm.worker import first_blocks
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
 
 from torch_elastic_mem.errors import InUseError, OutOfMemory
 from torch_elastic_mem.integrations.vllm import compat_sleep
-from torch_elastic_mem.integrations.vllm.cache import close_later
+from torch_elastic_mem.integrations.vllm.registry import close_later
 from torch_elastic_mem.stowage import Stowage
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from torch_elastic_mem.account import Group
 from torch_elastic_mem.broker.paths import tenants_socket
 from torch_elastic_mem.errors import InvalidArgument
 from torch_elastic_mem.integrations.vllm import compat, compat_layers, connectors, line
-from torch_elastic_mem.integrations.vllm.cache import ElasticCache, arena_of, keep, open_account
+from torch_elastic_mem.integrations.vllm.cache import ElasticCache
 from torch_elastic_mem.integrations.vllm.rank import Rank
+from torch_elastic_mem.integrations.vllm.registry import arena_of, keep, open_account
 from torch_elastic_mem.integrations.vllm.sleep import Sleep
 from torch_elastic_mem.torch_cuda import account_of_torch
 from torch_elastic_mem.units import format_bytes

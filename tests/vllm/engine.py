@@ -194,7 +194,7 @@ def drained(llm: Any) -> None:
 
 def ended(llm: Any) -> None:
     """The engine is shut down, its process lives on, and somebody still has a view of its cache."""
-    from torch_elastic_mem.integrations.vllm.cache import find
+    from torch_elastic_mem.integrations.vllm.registry import find
 
     core = llm.llm_engine.engine_core.engine_core
     cache = core.scheduler.elastic._cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ import torch_elastic_mem as tem
 from tests.rungs import Rung
 from torch_elastic_mem import _C
 from torch_elastic_mem.elastic_kv import ElasticKVTensor
-from torch_elastic_mem.integrations.vllm import cache as module
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache
 from torch_elastic_mem.integrations.vllm.compat import Region, Unsupported
 
@@ -204,32 +202,6 @@ def test_what_vllm_does_not_allocate_as_expected_is_not_served() -> None:
     cache = cache_of(32, region(32, 1 * MiB), region(32, 1 * MiB))
     with pytest.raises(Unsupported, match="did not allocate 1 of its KV cache's regions"):
         allocated(cache, 32 * MiB)
-
-
-@pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> tem.Arena:
-    monkeypatch.setattr(module, "_host", None)
-    return module.arena_of(torch.device("cpu"), 64 * MiB)
-
-
-def test_a_larger_engine_of_the_same_process_has_room_too(host: tem.Arena) -> None:
-    assert host.capacity == 64 * MiB
-    assert module.arena_of(torch.device("cpu"), 16 * MiB) is host and host.capacity == 64 * MiB
-    assert module.arena_of(torch.device("cpu"), 256 * MiB) is host and host.capacity == 256 * MiB
-
-
-def test_an_engine_that_has_ended_leaves_its_name_when_its_tensors_have_gone(host: tem.Arena) -> None:
-    first = ElasticCache(module.open_account(host), 32, [region(32, 1 * MiB)])
-    module.keep("a", first)
-    views = allocated(first, 32 * MiB)
-    module.forget("a")
-    assert module.find("a") is None
-    second = module.open_account(host)
-    assert (first.account.name, second.name) == ("vllm", "vllm-2")
-    del first, views
-    gc.collect()
-    assert module.open_account(host).name == "vllm"
-    module.forget("a")
 
 
 def test_more_neighbours_may_come_and_go_together_than_share_extents() -> None:

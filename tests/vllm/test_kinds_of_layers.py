@@ -21,8 +21,7 @@ from vllm.v1.core import kv_cache_utils
 
 import torch_elastic_mem as tem
 from benchmarks.vllm import shapes
-from torch_elastic_mem.integrations.vllm import cache as caches
-from torch_elastic_mem.integrations.vllm import compat, compat_layers
+from torch_elastic_mem.integrations.vllm import compat, compat_layers, registry
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache
 from torch_elastic_mem.integrations.vllm.worker import first_blocks
 
@@ -161,7 +160,7 @@ class Served:
         self.cache = ElasticCache(account, config.num_blocks, compat.regions(config))
         ahead = first_blocks(engine_config, config)
         self.cache.ensure(range(-(-ahead // self.cache.chunk_blocks)))
-        caches.keep(engine_config.instance_id, self.cache)
+        registry.keep(engine_config.instance_id, self.cache)
         config = kv_cache_utils.generate_scheduler_kv_cache_config([config])
         engine_config.cache_config.num_gpu_blocks = config.num_blocks
         size, hashed = kv_cache_utils.resolve_kv_cache_block_sizes(config, engine_config)
@@ -217,7 +216,7 @@ class Served:
 
     def close(self, engine_config: Any) -> None:
         self.scheduler.elastic.close()
-        caches.forget(engine_config.instance_id)
+        registry.forget(engine_config.instance_id)
 
 
 @pytest.fixture

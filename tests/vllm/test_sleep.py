@@ -17,8 +17,8 @@ import torch_elastic_mem as tem
 from tests.vllm.pools import cached, leave
 from tests.vllm.small_engine import BLOCKS, CHUNK, LONG, Demand, Engine, MiB
 from torch_elastic_mem.integrations.vllm import sleep as module
-from torch_elastic_mem.integrations.vllm.cache import open_account
 from torch_elastic_mem.integrations.vllm.memory import CalledOff
+from torch_elastic_mem.integrations.vllm.registry import open_account
 from torch_elastic_mem.integrations.vllm.sleep import Sleep
 
 pytestmark = pytest.mark.timeout(400)
