@@ -190,7 +190,7 @@ def test_what_a_rank_is_about_to_give_is_for_a_demand_that_comes_meanwhile(engin
     # One more here is for somebody else.
     more = threading.Thread(target=second.rank._asked, args=("evict", CHUNK, 60.0))
     more.start()
-    assert comes_true(lambda: asked == [3, 1])
+    assert comes_true(lambda: first.heard == second.heard == 4) and asked == [3, 1]
     assert len(first.chunks()) == len(second.chunks()) == BLOCKS // 2, "behind the step"
     for each in engine.ones:
         each.step(number)
