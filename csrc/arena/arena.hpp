@@ -277,6 +277,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
               size_t given, Clock::time_point start);
   bool trim_others(size_t missing, AccountId demander, const std::string& label, const PlanFn& plan);
   size_t coming_from(const std::vector<Ask>& asks, AccountId demander);
+  std::vector<Ask> beyond_pending(const std::vector<Ask>& asks, size_t most);
   Givable givable(AccountId demander, const std::vector<uint64_t>& spent, Rung worst);
   void drop_retired();
   bool anything_waits();

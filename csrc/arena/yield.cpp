@@ -211,6 +211,18 @@ size_t Arena::coming_from(const std::vector<Ask>& asks, AccountId demander) {
   return coming;
 }
 
+/// Of what each is asked for, what it has not let go of yet; all of them together no more than `most`.
+std::vector<Ask> Arena::beyond_pending(const std::vector<Ask>& asks, size_t most) {
+  std::vector<Ask> out;
+  for (const Ask& ask : asks) {
+    const size_t pending = idle_of(ask.victim).pending;
+    const size_t bytes = std::min(most, ask.bytes > pending ? ask.bytes - pending : 0);
+    if (bytes != 0) out.push_back({ask.victim, bytes});
+    most -= bytes;
+  }
+  return out;
+}
+
 /// What accounts may still give: all of it where a reclaimer is left to ask, else what waits for a fence.
 Givable Arena::givable(AccountId demander, const std::vector<uint64_t>& spent, Rung worst) {
   Givable out;
@@ -260,17 +272,18 @@ void Arena::squeeze(Lock& lock, AccountId demander, std::string label, Deadline 
     const size_t missing = shortage();
     if (missing == 0) return;
     // Seen before the looks at fences below: one that passes in between is then waited for, not missed.
-    const std::vector<Ask> asks = plan(missing, givable(demander, spent, worst));
+    std::vector<Ask> asks = plan(missing, givable(demander, spent, worst));
     const size_t coming = coming_from(asks, demander);
     if (trim_idle(nullptr) != 0) continue;
     if (demander != kNobody && trim_seats(demander, missing, SIZE_MAX, true, nullptr) != 0) continue;
     if (trim_others(missing, demander, label, plan)) continue;
 
+    const bool patient = Clock::now() < patience;
+    if (patient) asks = beyond_pending(asks, missing > coming ? missing - coming : 0);
     // Let go of before the lock is taken or given up: what a removed one owns may call back.
     auto reclaimer = next_reclaimer(demander, asks, spent, worst);
     if ((coming == 0 && !reclaimer) || Clock::now() >= deadline) return;
-    if (!reclaimer || (coming >= missing && Clock::now() < patience)) {
-      reclaimer.reset();
+    if (!reclaimer) {
       changed_.wait_for(lock, kFencePoll);
       continue;
     }
@@ -281,6 +294,7 @@ void Arena::squeeze(Lock& lock, AccountId demander, std::string label, Deadline 
     size_t bytes = 0;
     for (const Ask& one : asks) bytes += one.victim == victim ? one.bytes : 0;
     const size_t before = ledger_.at(victim).held;
+    const size_t pending = idle_of(victim).pending;
     const auto start = Clock::now();
     lock.unlock();
     reclaimer->fn(bytes, deadline);
@@ -292,8 +306,10 @@ void Arena::squeeze(Lock& lock, AccountId demander, std::string label, Deadline 
     const size_t after = ledger_.at(victim).held;
     const size_t given = before > after ? before - after : 0;
     record(demander, label, victim, rung, bytes, given, start);
-    // One that gave in full is asked again where a higher demand took what came.
-    if (given < bytes) spent.push_back(number);
+    // One that gave in full is asked again where another demand took what came, or is to come.
+    const size_t later = patient ? idle_of(victim).pending : 0;
+    const size_t let_go = later > pending ? given + later - pending : given;
+    if (let_go < bytes) spent.push_back(number);
   }
 }
 

@@ -170,6 +170,74 @@ def test_a_stuck_stream_does_not_keep_reclaimers_from_being_asked(rung: Rung) ->
     assert (training.held, serving.held) == (4 * MiB, 4 * MiB)
 
 
+def test_a_dearer_rung_is_asked_for_no_more_than_is_not_on_its_way(rung: Rung) -> None:
+    arena = rung.arena(8 * MiB, yield_timeout=10.0)
+    training, serving = arena.account("training", "training"), arena.account("serving", "serving")
+    cache, work = filled(training, 4 * MiB), filled(training, 4 * MiB)
+    stream = rung.stream()
+    stream.submit()
+    training.on_reclaim(lambda nbytes, timeout: cache.shrink(4 * MiB, stream=stream.handle))
+    paused: list[int] = []
+
+    def pause(nbytes: int, timeout: float) -> None:
+        paused.append(nbytes)
+        work.shrink(nbytes)
+        stream.complete()
+
+    training.on_reclaim(pause, rung="pause")
+    new = filled(serving, 6 * MiB)
+    assert paused == [2 * MiB]
+    assert (new.mapped, work.mapped, training.held) == (6 * MiB, 2 * MiB, 2 * MiB)
+
+
+def test_another_class_is_asked_for_no_more_than_is_not_on_its_way(rung: Rung) -> None:
+    arena = rung.arena(8 * MiB, yield_timeout=10.0)
+    idle, training = arena.account("idle", "idle"), arena.account("training", "training")
+    cache, work = filled(idle, 4 * MiB), filled(training, 4 * MiB)
+    stream = rung.stream()
+    stream.submit()
+    cache.shrink(4 * MiB, stream=stream.handle)
+    asked: list[int] = []
+
+    def give(nbytes: int, timeout: float) -> None:
+        asked.append(nbytes)
+        work.shrink(nbytes)
+        stream.complete()
+
+    training.on_reclaim(give)
+    new = filled(arena.account("serving", "serving"), 6 * MiB)
+    assert asked == [2 * MiB]
+    assert (new.mapped, work.mapped) == (6 * MiB, 2 * MiB)
+
+
+def test_one_that_let_go_in_full_is_asked_again_where_another_demand_took_it(rung: Rung) -> None:
+    arena = rung.arena(12 * MiB, yield_timeout=20.0)
+    training = arena.account("training", "training")
+    cache = filled(training, 12 * MiB)
+    stream = rung.stream()
+    stream.submit()
+    asked: list[int] = []
+
+    def give(nbytes: int, timeout: float) -> None:
+        asked.append(nbytes)
+        cache.shrink(nbytes, stream=stream.handle)
+
+    training.on_reclaim(give)
+    ranges = [arena.account(name, "serving").range(6 * MiB) for name in ("first", "second")]
+    demands = [
+        threading.Thread(target=each.grow, args=(size * MiB,))
+        for each, size in zip(ranges, (4, 6), strict=True)
+    ]
+    for number, demand in enumerate(demands):
+        demand.start()
+        assert comes_true(lambda number=number: len(asked) > number)  # type: ignore[misc]
+    stream.complete()
+    for demand in demands:
+        demand.join()
+    assert asked == [4 * MiB, 2 * MiB, 4 * MiB]
+    assert [each.mapped for each in (*ranges, cache)] == [4 * MiB, 6 * MiB, 2 * MiB]
+
+
 @pytest.mark.rungs("fake")
 def test_no_fence_is_a_wait_for_the_device(rung: FakeRung) -> None:
     before = [calls(rung, name) for name in DEVICE_WIDE]
