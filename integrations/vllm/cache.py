@@ -36,6 +36,7 @@ class ElasticCache:
         account: whom it is charged to.
         num_blocks: of the whole cache.
         regions: what vLLM allocates; a block has bytes in each.
+        aside: others than the steps use it, on streams of their own, as a KV connector does.
 
     Attributes:
         chunk_blocks: blocks that come and go together.
@@ -47,9 +48,12 @@ class ElasticCache:
         resting: whom sleep and wake-up go to.
     """
 
-    def __init__(self, account: Account, num_blocks: int, regions: Sequence[Region]) -> None:
+    def __init__(
+        self, account: Account, num_blocks: int, regions: Sequence[Region], *, aside: bool = False
+    ) -> None:
         self.account = account
         self.num_blocks = num_blocks
+        self.aside = aside
         self.block_bytes = sum(region.block_bytes * region.layers for region in regions)
         pieces = sum(region.layers for region in regions)
         extent = self._extent(pieces)
@@ -66,9 +70,6 @@ class ElasticCache:
         self.on_moved: Callable[[BlockTables], None] = lambda _: None
         self.resting: Resting | None = None
         self._stream: Any = None
-        # Memory that comes is zeroed on a stream of its own, and waited for: behind steps on their way a KV
-        # connector, which loads blocks on streams of its own, might be there first.
-        self._filling: Any = None
         self._let_go: set[int] = set()  # chunks whose memory may not have gone yet
         # Chunks that have memory or are about to: who counts what comes free had better count too little.
         self._backed: set[int] = set()
@@ -165,8 +166,6 @@ class ElasticCache:
         """The calling thread's current stream is the one whose work touches the cache from now on."""
         if self.account.device.backend == "cuda":
             self._stream = torch.cuda.current_stream()
-            if self._filling is None:
-                self._filling = torch.cuda.Stream()
 
     def number(self, step: Any) -> None:
         """The worker, in this process, says when the stream has a step's work; it needs no number."""
@@ -178,7 +177,7 @@ class ElasticCache:
     def ensure(self, chunks: Iterable[int], rung: str = "pause", timeout: float | None = None) -> None:
         """Puts memory under all of the chunks or none; others are asked for it up to the rung.
 
-        It may be used from any stream then: what others had written to it is gone.
+        Steps to come may use it, and with `aside` whoever else does: what others had written to it is gone.
 
         Raises:
             OutOfMemory: the memory is not to be had.
@@ -188,29 +187,21 @@ class ElasticCache:
         blocks = self.blocks(chunks)
         done: list[tuple[ElasticKVTensor, list[int]]] = []
         self._backed.update(chunks)
-        try:
-            with self._zeroed():
+        # Zeroed between steps: on a stream beside theirs, an H200 leaves longer gaps between the kernels of
+        # all steps that follow. What comes in vain goes behind that, and behind steps it may have been under.
+        with torch.cuda.stream(self._stream):
+            try:
                 for part, layers in self._parts:
                     numbers = self._in_layers(blocks, layers)
                     part.ensure(numbers, timeout=timeout, rung=rung)
                     done.append((part, numbers))
-        except BaseException:
-            # Behind the steps: what some of it lies on may have been theirs a moment ago.
-            with torch.cuda.stream(self._stream):
+            except BaseException:
                 for part, numbers in done:
                     part.release(numbers)
-            self._backed.difference_update(chunks)
-            raise
-
-    @contextmanager
-    def _zeroed(self) -> Iterator[None]:
-        """What comes within the block has been zeroed at its end, however it ends: some may go at once."""
-        with torch.cuda.stream(self._filling):
-            try:
-                yield
-            finally:
-                if self._filling is not None:
-                    self._filling.synchronize()
+                self._backed.difference_update(chunks)
+                raise
+        if self.aside and self._stream is not None:
+            self._stream.synchronize()
 
     def release(self, chunks: Iterable[int]) -> None:
         """Lets the memory under these chunks go, after all that the stream has been given so far."""

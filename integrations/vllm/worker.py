@@ -161,7 +161,8 @@ class Elastic(Base):
                     "--kv-cache-memory-bytes, or start the engine without TEM_ENABLE=1"
                 )
             return None
-        return ElasticCache(self.elastic_account, kv_cache_config.num_blocks, regions)
+        aside = self.vllm_config.kv_transfer_config is not None
+        return ElasticCache(self.elastic_account, kv_cache_config.num_blocks, regions, aside=aside)
 
     def _among_ranks(self, kv_cache_config: Any) -> ElasticCache | None:
         """The same, its chunks those of all ranks; None if one of them cannot be elastic."""

@@ -96,6 +96,7 @@ def main() -> None:
         each = Engine(Path(name))
         scheduler = each.scheduler
         fact("scheduler", type(scheduler).__name__)
+        fact("what comes is waited for", each.cache.aside)
 
         each.ask(1, 8, 8)
         had = each.end()

@@ -21,6 +21,10 @@ def test_it_is_served(told: dict[str, Any]) -> None:
     assert told["scheduler"] in ("ElasticScheduler", "ElasticAsyncScheduler")
 
 
+def test_what_comes_is_waited_for_as_its_streams_are_not_the_steps(told: dict[str, Any]) -> None:
+    assert told["what comes is waited for"]
+
+
 def test_the_blocks_of_a_request_that_has_just_ended_are_read_yet(told: dict[str, Any]) -> None:
     had, others = told["ended"]
     assert had and others == []
