@@ -72,6 +72,8 @@ def tables(
     )
     if any(CONTROL in answers for answers in loads.values()):
         found.append(_apart(loads))
+    if any(each.get("kernel") for answers in loads.values() for seen in answers.values() for each in seen):
+        found.append(_pace(loads))
     return [*found, _targets(loads, idle, squeezes)]
 
 
@@ -111,6 +113,22 @@ def _apart(loads: Mapping[str, Answers]) -> Table:
     columns = ["load, engine", "output", "TTFT p99", "TPOT p99", "ITL p99"]
     note = "Over the first stock engine. As far as the second is from it, the others may be by chance."
     return Table("Beside a second stock engine", columns, rows, note)
+
+
+def _pace(loads: Mapping[str, Answers]) -> Table:
+    """How fast the device takes one kernel of each engine's after the other, after its loads."""
+    rows = []
+    for load, answers in loads.items():
+        for name, seen in answers.items():
+            kernels = [each["kernel"] * 1e6 for each in seen if each.get("kernel")]
+            if kernels:
+                low, high = min(kernels), max(kernels)
+                rows.append([f"{load}, {name}", f"{_median(kernels):.3f} us", f"{low:.3f} to {high:.3f} us"])
+    note = (
+        "A graph of 1,000 small kernels of the engine's process, after each load. Who is slower here is "
+        "slower in every step, whatever the engine does."
+    )
+    return Table("From one kernel to the next", ["load, engine", "median", "rounds"], rows, note)
 
 
 def _targets(

@@ -12,6 +12,7 @@ import msgspec
 from benchmarks.vllm import steady
 from benchmarks.vllm.engine import Engine, Opening, prepare
 from benchmarks.vllm.load import Load, run
+from benchmarks.vllm.pace import Pace
 from benchmarks.worker import Handler, serve
 
 if TYPE_CHECKING:
@@ -47,16 +48,15 @@ class EngineWorker:
         # The same requests once more would find the prefixes of an earlier turn.
         self._engine.reset_prefix_cache()
         squeeze = msgspec.convert(request.get("squeeze"), Squeeze | None)
-        if squeeze is None:
-            return msgspec.to_builtins(run(self._engine, load)) | {"squeezes": []}
         with self._squeezed(squeeze) as squeezes:
             seen = run(self._engine, load)
-        return msgspec.to_builtins(seen) | {"squeezes": squeezes}
+        return msgspec.to_builtins(seen) | {"squeezes": squeezes, "kernel": self._pace()}
 
     def _open(self, opening: Opening) -> dict[str, Any]:
         engine = Engine(opening)
         self._whole = engine
         self._engine, self._arena, self._cache = engine.llm, engine.arena, engine.cache
+        self._pace = Pace(engine.worker.device)
         if engine.cache is not None:
             import torch_elastic_mem as tem
 
@@ -79,7 +79,10 @@ class EngineWorker:
         return {"seconds": took, "held": held, "left": left, "taken": wanted}
 
     @contextmanager
-    def _squeezed(self, squeeze: Squeeze) -> Iterator[list[dict[str, Any]]]:
+    def _squeezed(self, squeeze: Squeeze | None) -> Iterator[list[dict[str, Any]]]:
+        if squeeze is None:
+            yield []
+            return
         import torch_elastic_mem as tem
 
         found: list[dict[str, Any]] = []

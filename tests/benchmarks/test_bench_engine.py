@@ -102,3 +102,11 @@ def test_how_far_a_second_stock_engine_is_from_the_first_stands_beside_how_far_t
         ["4/s, ours", "1.000", "1.000", "1.000", "1.200"],
         ["4/s, stock, again", "1.000", "1.000", "1.000", "1.100"],
     ]
+
+
+def test_how_fast_each_engines_kernels_follow_one_another_is_told_where_it_is_known() -> None:
+    rounds = [seen(0.02, 0.010) | {"kernel": kernel} for kernel in (0.8e-6, 1.0e-6, 0.9e-6)]
+    unknown = [seen(0.02, 0.010) | {"kernel": None}] * 3
+    found = tables({"4/s": {STOCK: rounds, OURS: unknown}}, [], [])
+    (pace,) = (each for each in found if each.title == "From one kernel to the next")
+    assert pace.rows == [["4/s, stock", "0.900 us", "0.800 to 1.000 us"]]
