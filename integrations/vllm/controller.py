@@ -367,6 +367,7 @@ class Controller:
             return 0
         given = self.mover.give(demand.nbytes, self._kept_for(demand))
         demand.nbytes -= given
+        self._debt = max(0, self._debt - given)
         return given
 
     def _kept_for(self, demand: Demand) -> int:

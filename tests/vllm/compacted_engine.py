@@ -1,6 +1,7 @@
 """The real engine, whose blocks move meanwhile: `python -m tests.vllm.compacted_engine SCENARIO KIND`.
 
-A kind is a shape, or a way to draft for the shape `tiny`.
+A kind is a shape, a way to draft for the shape `tiny`, or `wide`: that shape with larger blocks, of which fewer
+share a chunk.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ SHORT, LONG = 6, 40  # tokens that are wanted
 START = 160  # tokens, with which three of four begin
 SPARE = 8  # blocks to go on with until the memory is back
 EVERY = 12  # steps from one squeeze to the next
+LATE = 0.03  # seconds
 
 
 def requests(seed: int) -> dict[str, tuple[list[int], int]]:
@@ -140,8 +142,30 @@ def accepted(llm: Any) -> float:
     return 0.0 if counted is None else float(counted.value)
 
 
-def drafts(kind: str, folder: Path) -> dict[str, Any]:
+def let_go_late() -> None:
+    """Fences pass late, as behind the steps of a GPU that has others to serve as well."""
+    from tests.rungs import HostStream
+    from torch_elastic_mem.elastic_kv import ElasticKVTensor
+
+    def release(part: ElasticKVTensor, blocks: list[int]) -> None:
+        stream = HostStream()
+        stream.submit()
+        part._core.release(blocks, stream.handle)
+        threading.Timer(LATE, stream.complete).start()
+
+    ElasticKVTensor.release = release  # type: ignore[method-assign, assignment]
+
+
+def changes(kind: str, folder: Path) -> dict[str, Any]:
+    """What an engine of this kind is given beside the shape `tiny`."""
     match kind:
+        case "wide":
+            shapes.SHAPES["tiny"] |= {
+                "hidden_size": 512,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 8,
+            }
+            return {"kv_cache_memory_bytes": 4 * CACHE}
         case "ngram":
             return speculating(folder, "ngram")
         case "draft":
@@ -179,6 +203,11 @@ def moving(llm: Any) -> None:
         fact(name, getattr(other, name))
 
 
+def late(llm: Any) -> None:
+    let_go_late()
+    moving(llm)
+
+
 def main() -> None:
     scenario, kind = sys.argv[1:]
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -186,8 +215,10 @@ def main() -> None:
     os.dup2(2, 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        more = drafts(kind, folder)
-        {"plain": plain, "moving": moving}[scenario](engine(folder, "tiny" if more else kind, **more))
+        more = changes(kind, folder)
+        {"plain": plain, "moving": moving, "late": late}[scenario](
+            engine(folder, "tiny" if more else kind, **more)
+        )
 
 
 if __name__ == "__main__":

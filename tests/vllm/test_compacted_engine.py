@@ -41,6 +41,13 @@ def test_prefixes_that_moved_are_found_again_and_are_right(moving: dict[str, Any
     assert moving["again"] == moving["tokens"][-1][::3]
 
 
+def test_nobody_is_preempted_for_what_is_on_its_way() -> None:
+    plain, late = (facts(each, "wide", PROGRAM) for each in ("plain", "late"))
+    assert late["moved"] and all(late["met"])
+    assert late["preempted"] == []
+    assert late["tokens"] == plain["tokens"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ngram", "draft", "eagle"])
 def test_blocks_move_while_tokens_are_drafted_and_drafts_stay_as_good(method: str) -> None:

@@ -189,6 +189,19 @@ def sparse(full: Engine, runner: Runner) -> Iterator[Engine]:
     full.assert_sound()
 
 
+def test_what_has_been_given_by_moves_is_not_owed_any_more(full: Engine, runner: Runner) -> None:
+    for block in (1, *range(2, BLOCKS, 2)):
+        full.hold(block)
+    runner.learn()
+    full.needs = Needs(BLOCKS, BLOCKS, BLOCKS)  # at the rung shrink all that is free stays
+    demand = Demand(full, 2 * CHUNK)
+    assert demand.waits("pause") and full.controller.draining
+    full.step()
+    assert demand.ended() and full.preempted_by == []
+    assert not full.controller.draining
+    full.assert_sound()
+
+
 def test_sparse_chunks_are_emptied_before_the_next_step_and_nobody_is_preempted(
     sparse: Engine, runner: Runner
 ) -> None:
