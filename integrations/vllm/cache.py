@@ -165,7 +165,10 @@ class ElasticCache:
     def use_stream(self) -> None:
         """The calling thread's current stream is the one whose work touches the cache from now on."""
         if self.account.device.backend == "cuda":
-            self._stream = torch.cuda.current_stream()
+            before, self._stream = self._stream, torch.cuda.current_stream()
+            if before is not None and before != self._stream:
+                # Another thread steps from now on: what is behind its work is behind all that came before.
+                self._stream.wait_stream(before)
 
     def number(self, step: Any) -> None:
         """The worker, in this process, says when the stream has a step's work; it needs no number."""
@@ -189,19 +192,20 @@ class ElasticCache:
         self._backed.update(chunks)
         # Zeroed between steps: on a stream beside theirs, an H200 leaves longer gaps between the kernels of
         # all steps that follow. What comes in vain goes behind that, and behind steps it may have been under.
-        with torch.cuda.stream(self._stream):
+        stream = self._stream
+        with torch.cuda.stream(stream):
             try:
                 for part, layers in self._parts:
                     numbers = self._in_layers(blocks, layers)
                     part.ensure(numbers, timeout=timeout, rung=rung)
                     done.append((part, numbers))
             except BaseException:
+                self._backed.difference_update(chunks)
                 for part, numbers in done:
                     part.release(numbers)
-                self._backed.difference_update(chunks)
                 raise
-        if self.aside and self._stream is not None:
-            self._stream.synchronize()
+        if stream is not None and (self.aside or stream != self._stream):
+            stream.synchronize()
 
     def release(self, chunks: Iterable[int]) -> None:
         """Lets the memory under these chunks go, after all that the stream has been given so far."""

@@ -1,7 +1,7 @@
 """The real engine, whose blocks move meanwhile: `python -m tests.vllm.compacted_engine SCENARIO KIND`.
 
-A kind is a shape, a way to draft for the shape `tiny`, or `wide`: that shape with larger blocks, of which fewer
-share a chunk.
+A kind is a shape, a way to draft for the shape `tiny`, or `wide`: that shape with larger blocks, fewer of
+which share a chunk.
 """
 
 from __future__ import annotations

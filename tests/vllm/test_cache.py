@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -15,7 +12,6 @@ pytest.importorskip("vllm")
 import torch
 
 import torch_elastic_mem as tem
-from tests.rungs import Rung
 from torch_elastic_mem import _C
 from torch_elastic_mem.elastic_kv import ElasticKVTensor
 from torch_elastic_mem.integrations.vllm.cache import ElasticCache
@@ -282,85 +278,6 @@ def test_what_steps_hold_on_to_for_too_long_is_refused_in_words(stuck: int) -> N
     cache.ensure([3])
     assert residents(cache) == {6, 7}
     assert cache.going() == []
-
-
-class Streams:
-    """torch's streams, of which it has none without a GPU, over those of a rung."""
-
-    def __init__(self, rung: Rung) -> None:
-        self._rung = rung
-        self.engine = self.Stream()
-        self.engine.of.submit()
-        self.current: Any = self.engine
-
-    def Stream(self) -> Any:
-        of = self._rung.stream()
-        # It is done by the time it has been waited for, and not before.
-        of.submit()
-        return SimpleNamespace(of=of, synchronize=of.complete)
-
-    @contextmanager
-    def stream(self, stream: Any) -> Iterator[None]:
-        before, self.current = self.current, stream or self.current
-        try:
-            yield
-        finally:
-            self.current = before
-
-
-@pytest.fixture
-def streams(monkeypatch: pytest.MonkeyPatch, rung: Rung) -> Streams:
-    made = Streams(rung)
-    monkeypatch.setattr(torch.cuda, "Stream", made.Stream)
-    monkeypatch.setattr(torch.cuda, "stream", made.stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: made.engine)
-    monkeypatch.setattr(ElasticKVTensor, "stream", lambda _: made.current.of.handle)
-    return made
-
-
-@pytest.fixture
-def foreign(rung: Rung) -> Iterator[tem.Arena]:
-    """An arena of 32 MiB, all of it written to by a tenant that has just let it go."""
-    arena = rung.arena("32MiB")
-    other = arena.account("other", "training").range("32MiB", keep="32MiB", extent="2MiB")
-    other.grow("32MiB")
-    rung.write(other.address, b"x" * 32 * MiB)
-    other.shrink("32MiB")
-    yield arena  # while the range is there: its memory comes from it, and not by way of the driver
-
-
-@pytest.mark.rungs("fake")
-@pytest.mark.parametrize("aside", [False, True])
-def test_what_comes_is_zeroed_between_steps_and_waited_for_only_where_others_use_it(
-    rung: Rung, streams: Streams, foreign: tem.Arena, aside: bool
-) -> None:
-    cache = ElasticCache(foreign.account("engine", "serving"), 16, [region(16, 1 * MiB)], aside=aside)
-    cache.use_stream()
-    cache.ensure([0, 1])
-    (part, _), *_ = cache._parts
-    address, size = part.tensors[0].data_ptr(), 2 * cache.chunk_bytes
-    if not aside:
-        # Behind the step on its way, and so before those to come.
-        assert any(rung.read(address, size))
-        streams.engine.of.complete()
-    assert not any(rung.read(address, size)), "a connector may load into it at once"
-
-
-@pytest.mark.rungs("fake")
-def test_what_comes_in_vain_does_not_go_before_it_is_zeroed(
-    rung: Rung, streams: Streams, foreign: tem.Arena
-) -> None:
-    account = foreign.account("engine", "serving", max="24MiB")
-    # The smaller region comes first, and then there is no room for the larger.
-    cache = ElasticCache(account, 16, [region(16, 1 * MiB), region(16, 2 * MiB)])
-    cache.use_stream()
-    with pytest.raises(tem.OutOfMemory):
-        cache.ensure(range(cache.num_chunks), timeout=0.1)
-    foreign.collect()
-    assert cache.resident_bytes == 16 * MiB
-    streams.engine.of.complete()
-    foreign.collect()
-    assert cache.resident_bytes == account.held == 0
 
 
 def test_a_short_chunk_at_the_end_is_not_waited_for(stuck: int) -> None:

@@ -14,10 +14,11 @@ from vllm.v1.kv_cache_interface import CrossAttentionSpec, FullAttentionSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
+import torch_elastic_mem as tem
 from torch_elastic_mem.errors import InvalidArgument
 from torch_elastic_mem.integrations.vllm import gpu_worker
 from torch_elastic_mem.integrations.vllm import worker as module
-from torch_elastic_mem.integrations.vllm.compat import Unsupported
+from torch_elastic_mem.integrations.vllm.compat import Region, Unsupported
 from torch_elastic_mem.integrations.vllm.cpu_worker import ElasticCPUWorker
 from torch_elastic_mem.integrations.vllm.gpu_worker import ElasticWorker
 
@@ -92,6 +93,26 @@ def test_where_a_layout_is_refused_after_the_cache_was_sized_as_ours_the_warning
     assert worker._new_cache(None) is None
     assert "leaves this engine's KV cache alone: its layout is unknown" in told[0]
     assert ["--kv-cache-memory-bytes" in each for each in told[1:]] == [True] * ours
+
+
+@pytest.mark.parametrize("connector", [None, SimpleNamespace(kv_connector="OffloadingConnector")])
+def test_memory_that_comes_is_waited_for_only_beside_a_kv_connector(
+    connector: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for owner, name in (
+        (module.compat, "make_block_major"),
+        (module.compat_layers, "require_on_device"),
+        (module.connectors, "require_whole_layers"),
+    ):
+        monkeypatch.setattr(owner, name, lambda *_: None)
+    monkeypatch.setattr(module.compat, "specs", lambda _: [])
+    monkeypatch.setattr(module.compat, "regions", lambda _: [Region(32 << 20, 1 << 20)])
+    worker = made(ElasticWorker)
+    worker.vllm_config.kv_transfer_config = connector
+    arena = tem.Arena("host", capacity="64MiB", reserve=(0, 0), broker=None)
+    worker.elastic_account = arena.account("engine", "serving")
+    cache = worker._new_cache(SimpleNamespace(num_blocks=32))
+    assert cache.aside is (connector is not None)
 
 
 def test_an_engine_without_a_cache_warms_up_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
