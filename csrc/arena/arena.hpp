@@ -89,6 +89,7 @@ struct ArenaState {
 };
 
 class Arena;
+class Promised;
 
 /// Leased bytes that are not mapped yet. Given back when it goes unused. Must not go under the arena's lock.
 class Grant {
@@ -276,8 +277,10 @@ class Arena : public std::enable_shared_from_this<Arena> {
   void record(AccountId demander, const std::string& label, AccountId victim, Rung rung, size_t asked,
               size_t given, Clock::time_point start);
   bool trim_others(size_t missing, AccountId demander, const std::string& label, const PlanFn& plan);
-  size_t coming_from(const std::vector<Ask>& asks, AccountId demander);
-  std::vector<Ask> beyond_pending(const std::vector<Ask>& asks, size_t most);
+  /// Whose memory makes up for what is missing.
+  enum class Source { kAnybody, kItself };
+  size_t coming_from(const std::vector<Ask>& asks, AccountId demander, Source source);
+  std::vector<Ask> beyond(const Promised& promised, const std::vector<Ask>& asks);
   Givable givable(AccountId demander, const std::vector<uint64_t>& spent, Rung worst);
   void drop_retired();
   bool anything_waits();
@@ -285,7 +288,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::shared_ptr<Reclaimer> next_reclaimer(AccountId demander, const std::vector<Ask>& asks,
                                             const std::vector<uint64_t>& spent, Rung worst) const;
   void squeeze(Lock& lock, AccountId demander, std::string label, Deadline deadline, Rung worst,
-               const std::function<size_t()>& shortage, const PlanFn& plan);
+               const std::function<size_t()>& shortage, const PlanFn& plan, Source source = Source::kAnybody);
   void trim_self(Lock& lock, AccountId id, size_t target, Rung worst, Deadline deadline);
 
   // The worker, in worker.cpp.

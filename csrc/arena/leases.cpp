@@ -206,12 +206,14 @@ Yielded Arena::yield(AccountId id, size_t bytes, Rung worst, Deadline deadline, 
     if (taken != 0) progress(taken, std::move(passing.extents));
     return bytes - out.bytes;
   };
-  squeeze(lock, kNobody, demander, deadline, worst, missing,
-          [id](size_t wanted, const Givable& givable) -> std::vector<Ask> {
-            const auto own = givable.find(id);
-            if (own == givable.end() || own->second == 0) return {};
-            return {{id, std::min(wanted, own->second)}};
-          });
+  squeeze(
+      lock, kNobody, demander, deadline, worst, missing,
+      [id](size_t wanted, const Givable& givable) -> std::vector<Ask> {
+        const auto own = givable.find(id);
+        if (own == givable.end() || own->second == 0) return {};
+        return {{id, std::min(wanted, own->second)}};
+      },
+      Source::kItself);
   missing();
   if (ledger_.accounts().count(id) != 0) {
     out.coming = std::min(idle_of(id).pending, bytes - out.bytes);

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "arena/arena.hpp"
+#include "arena/promised.hpp"
 #include "core/error.hpp"
 #include "core/sizes.hpp"
 
@@ -198,12 +199,13 @@ bool Arena::trim_others(size_t missing, AccountId demander, const std::string& l
 }
 
 /// Bytes behind fences that will come to a demand: what those who are asked, and the demander, have idle, and
-/// of everybody else what is not kept.
-size_t Arena::coming_from(const std::vector<Ask>& asks, AccountId demander) {
+/// of everybody else what is not kept, where it is not one account's own that counts.
+size_t Arena::coming_from(const std::vector<Ask>& asks, AccountId demander, Source source) {
   size_t coming = 0;
   for (const auto& [id, account] : ledger_.accounts()) {
     const Idle idle = idle_of(id);
-    const size_t loose = idle.ready + idle.pending > idle.kept ? idle.ready + idle.pending - idle.kept : 0;
+    const bool counts = source == Source::kAnybody && idle.ready + idle.pending > idle.kept;
+    const size_t loose = counts ? idle.ready + idle.pending - idle.kept : 0;
     size_t asked = id == demander ? idle.pending : 0;
     for (const Ask& ask : asks) asked += ask.victim == id ? ask.bytes : 0;
     coming += std::min(idle.pending, std::max(asked, loose));
@@ -211,14 +213,12 @@ size_t Arena::coming_from(const std::vector<Ask>& asks, AccountId demander) {
   return coming;
 }
 
-/// Of what each is asked for, what it has not let go of yet; all of them together no more than `most`.
-std::vector<Ask> Arena::beyond_pending(const std::vector<Ask>& asks, size_t most) {
+/// Of what each is asked for, what it has not let go of for this demand already.
+std::vector<Ask> Arena::beyond(const Promised& promised, const std::vector<Ask>& asks) {
   std::vector<Ask> out;
   for (const Ask& ask : asks) {
-    const size_t pending = idle_of(ask.victim).pending;
-    const size_t bytes = std::min(most, ask.bytes > pending ? ask.bytes - pending : 0);
-    if (bytes != 0) out.push_back({ask.victim, bytes});
-    most -= bytes;
+    const size_t left = promised.left(ask.victim, ledger_.at(ask.victim).held, idle_of(ask.victim).pending);
+    if (ask.bytes > left) out.push_back({ask.victim, ask.bytes - left});
   }
   return out;
 }
@@ -262,28 +262,31 @@ std::shared_ptr<Arena::Reclaimer> Arena::next_reclaimer(AccountId demander, cons
 /// Has others yield until nothing is missing, nobody has more to give, or time is up. The label is a copy: a
 /// reclaimer may close the account that it names.
 void Arena::squeeze(Lock& lock, AccountId demander, std::string label, Deadline deadline, Rung worst,
-                    const std::function<size_t()>& shortage, const PlanFn& plan) {
+                    const std::function<size_t()>& shortage, const PlanFn& plan, Source source) {
   // Fences usually pass soon, and what they free costs nobody anything. A stream that is stuck must not keep
   // the reclaimers from their half of the time.
   const Deadline patience = deadline_in(seconds_until(deadline) / 2);
   std::vector<uint64_t> spent;  // reclaimers that gave less than they were asked
+  Promised promised;
   for (;;) {
     require_open();
     const size_t missing = shortage();
     if (missing == 0) return;
     // Seen before the looks at fences below: one that passes in between is then waited for, not missed.
     std::vector<Ask> asks = plan(missing, givable(demander, spent, worst));
-    const size_t coming = coming_from(asks, demander);
+    const size_t coming = coming_from(asks, demander, source);
     if (trim_idle(nullptr) != 0) continue;
     if (demander != kNobody && trim_seats(demander, missing, SIZE_MAX, true, nullptr) != 0) continue;
     if (trim_others(missing, demander, label, plan)) continue;
 
     const bool patient = Clock::now() < patience;
-    if (patient) asks = beyond_pending(asks, missing > coming ? missing - coming : 0);
+    const bool any = next_reclaimer(demander, asks, spent, worst) != nullptr;
+    if (patient) asks = beyond(promised, asks);
     // Let go of before the lock is taken or given up: what a removed one owns may call back.
     auto reclaimer = next_reclaimer(demander, asks, spent, worst);
-    if ((coming == 0 && !reclaimer) || Clock::now() >= deadline) return;
-    if (!reclaimer) {
+    if ((coming == 0 && !any) || Clock::now() >= deadline) return;
+    if (!reclaimer || (coming >= missing && patient)) {
+      reclaimer.reset();
       changed_.wait_for(lock, kFencePoll);
       continue;
     }
@@ -293,8 +296,7 @@ void Arena::squeeze(Lock& lock, AccountId demander, std::string label, Deadline 
     const Rung rung = reclaimer->rung;
     size_t bytes = 0;
     for (const Ask& one : asks) bytes += one.victim == victim ? one.bytes : 0;
-    const size_t before = ledger_.at(victim).held;
-    const size_t pending = idle_of(victim).pending;
+    const size_t before = ledger_.at(victim).held, pending = idle_of(victim).pending;
     const auto start = Clock::now();
     lock.unlock();
     reclaimer->fn(bytes, deadline);
@@ -306,10 +308,10 @@ void Arena::squeeze(Lock& lock, AccountId demander, std::string label, Deadline 
     const size_t after = ledger_.at(victim).held;
     const size_t given = before > after ? before - after : 0;
     record(demander, label, victim, rung, bytes, given, start);
-    // One that gave in full is asked again where another demand took what came, or is to come.
-    const size_t later = patient ? idle_of(victim).pending : 0;
-    const size_t let_go = later > pending ? given + later - pending : given;
-    if (let_go < bytes) spent.push_back(number);
+    const size_t later = idle_of(victim).pending;
+    promised.note(victim, after, later, later > pending ? later - pending : 0);
+    // One that gave in full is asked again where a higher demand took what came.
+    if (given < bytes) spent.push_back(number);
   }
 }
 
@@ -319,12 +321,14 @@ void Arena::trim_self(Lock& lock, AccountId id, size_t target, Rung worst, Deadl
     const size_t held = ledger_.at(id).held;
     return held > target ? held - target : 0;
   };
-  squeeze(lock, kNobody, "limit", deadline, worst, over,
-          [id](size_t bytes, const Givable& givable) -> std::vector<Ask> {
-            const auto own = givable.find(id);
-            if (own == givable.end() || own->second == 0) return {};
-            return {{id, std::min(bytes, own->second)}};
-          });
+  squeeze(
+      lock, kNobody, "limit", deadline, worst, over,
+      [id](size_t bytes, const Givable& givable) -> std::vector<Ask> {
+        const auto own = givable.find(id);
+        if (own == givable.end() || own->second == 0) return {};
+        return {{id, std::min(bytes, own->second)}};
+      },
+      Source::kItself);
 }
 
 Grant Arena::acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst, const Group* group,

@@ -210,17 +210,19 @@ def test_another_class_is_asked_for_no_more_than_is_not_on_its_way(rung: Rung) -
     assert (new.mapped, work.mapped) == (6 * MiB, 2 * MiB)
 
 
-def test_one_that_let_go_in_full_is_asked_again_where_another_demand_took_it(rung: Rung) -> None:
+def test_what_was_let_go_of_for_another_demand_is_not_counted_on(rung: Rung) -> None:
     arena = rung.arena(12 * MiB, yield_timeout=20.0)
     training = arena.account("training", "training")
     cache = filled(training, 12 * MiB)
     stream = rung.stream()
     stream.submit()
     asked: list[int] = []
+    one_at_a_time = threading.Lock()
 
     def give(nbytes: int, timeout: float) -> None:
-        asked.append(nbytes)
-        cache.shrink(nbytes, stream=stream.handle)
+        with one_at_a_time:
+            cache.shrink(nbytes, stream=stream.handle)
+            asked.append(nbytes)
 
     training.on_reclaim(give)
     ranges = [arena.account(name, "serving").range(6 * MiB) for name in ("first", "second")]
@@ -234,8 +236,52 @@ def test_one_that_let_go_in_full_is_asked_again_where_another_demand_took_it(run
     stream.complete()
     for demand in demands:
         demand.join()
-    assert asked == [4 * MiB, 2 * MiB, 4 * MiB]
+    assert asked == [4 * MiB, 6 * MiB]
     assert [each.mapped for each in (*ranges, cache)] == [4 * MiB, 6 * MiB, 2 * MiB]
+
+
+def test_what_was_let_go_of_and_is_held_again_is_asked_for_at_the_next_rung(rung: Rung) -> None:
+    arena = rung.arena(8 * MiB, yield_timeout=20.0)
+    training = arena.account("training", "training")
+    cache, work = filled(training, 4 * MiB), filled(training, 4 * MiB)
+    stream = rung.stream()
+    stream.submit()
+
+    back = threading.Timer(0.05, cache.grow, args=(2 * MiB,), kwargs={"stream": stream.handle})
+
+    def evict(nbytes: int, timeout: float) -> None:
+        cache.shrink(2 * MiB, stream=stream.handle)
+        back.start()
+
+    asked: list[int] = []
+
+    def pause(nbytes: int, timeout: float) -> None:
+        asked.append(nbytes)
+        work.shrink(nbytes)
+
+    training.on_reclaim(evict)
+    training.on_reclaim(pause, rung="pause")
+    new = arena.account("serving", "serving").range(4 * MiB)
+    new.grow(2 * MiB)
+    back.join()
+    stream.complete()
+    assert (asked, new.mapped, cache.mapped) == ([2 * MiB], 2 * MiB, 4 * MiB)
+
+
+def test_an_accounts_own_limit_does_not_wait_for_what_another_has_let_go_of(rung: Rung) -> None:
+    arena = rung.arena(16 * MiB, yield_timeout=float("inf"))
+    one, other = arena.account("one", "training"), arena.account("other", "training")
+    memory, stuck = filled(one, 8 * MiB), filled(other, 8 * MiB)
+    stream = rung.stream()
+    stream.submit()
+    stuck.shrink(4 * MiB, stream=stream.handle)
+    one.on_reclaim(lambda nbytes, timeout: memory.shrink(nbytes))
+    limited = threading.Thread(target=one.set_limits, kwargs={"max": 4 * MiB})
+    limited.start()
+    assert comes_true(lambda: not limited.is_alive())
+    assert (one.held, other.held) == (4 * MiB, 8 * MiB)
+    stream.complete()
+    limited.join()
 
 
 @pytest.mark.rungs("fake")
