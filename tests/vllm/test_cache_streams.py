@@ -140,6 +140,7 @@ def test_what_comes_on_a_stream_that_has_just_been_left_is_waited_for(
         cache.use_stream()
         ensure(*args, **more)
 
-    monkeypatch.setattr(ElasticKVTensor, "ensure", ensured)
-    cache.ensure([0])
+    with monkeypatch.context() as patched:
+        patched.setattr(ElasticKVTensor, "ensure", ensured)
+        cache.ensure([0])
     assert not any(bytes_of(rung, cache, 1))
