@@ -268,14 +268,16 @@ class Arena : public std::enable_shared_from_this<Arena> {
   Grant acquire_leased(Lock& lock, AccountId id, size_t bytes, Deadline deadline, Rung worst,
                        const Group* group, Rung others);
 
+  // Records, in records.cpp.
+  void record(AccountId demander, const std::string& label, AccountId victim, Rung rung, size_t asked,
+              size_t given, Clock::time_point start);
+
   // Yielding, in yield.cpp.
   size_t unmap(std::vector<Leaving>& leaving, const Seat& seat, std::exception_ptr* first);
   size_t trim_seats(AccountId id, size_t bytes, size_t most, bool kept, std::exception_ptr* first);
   size_t trim_idle(std::exception_ptr* first);
   size_t trim_victim(AccountId id, size_t bytes);
   Idle idle_of(AccountId id);
-  void record(AccountId demander, const std::string& label, AccountId victim, Rung rung, size_t asked,
-              size_t given, Clock::time_point start);
   bool trim_others(size_t missing, AccountId demander, const std::string& label, const PlanFn& plan);
   /// Whose memory makes up for what is missing.
   enum class Source { kAnybody, kItself };

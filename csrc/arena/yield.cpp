@@ -11,9 +11,15 @@
 namespace tem {
 namespace {
 
-constexpr size_t kYieldsKept = 4096;
 /// How often a wait looks at fences that have not passed: an event has no deadline of its own to wait for.
 constexpr auto kFencePoll = std::chrono::microseconds(50);
+
+size_t above(size_t bytes, size_t floor) { return bytes > floor ? bytes - floor : 0; }
+
+/// What goes by itself once its fence has passed.
+size_t leaving(const Idle& idle) {
+  return std::min(idle.pending, above(idle.ready + idle.pending, idle.kept));
+}
 
 }  // namespace
 
@@ -55,29 +61,6 @@ void Arena::remove_reclaimer(uint64_t number) {
   if (upstream_) upstream_->changed();
 }
 
-std::vector<Yield> Arena::yields(uint64_t since) {
-  const Lock held = lock();
-  std::vector<Yield> out;
-  for (const Yield& yield : yields_) {
-    if (yield.seq > since) out.push_back(yield);
-  }
-  return out;
-}
-
-void Arena::record(AccountId demander, const std::string& label, AccountId victim, Rung rung, size_t asked,
-                   size_t given, Clock::time_point start) {
-  if (demander == victim) return;
-  if (given != 0) {
-    tallies_.at(victim).given += given;
-    tallies_.at(victim).yields += 1;
-    // A reclaimer may have closed the demander's account.
-    if (const auto taker = tallies_.find(demander); taker != tallies_.end()) taker->second.taken += given;
-  }
-  yields_.push_back({next_yield_++, nanoseconds(start), nanoseconds(Clock::now()) - nanoseconds(start), label,
-                     ledger_.at(victim).name, rung, asked, given});
-  if (yields_.size() > kYieldsKept) yields_.pop_front();
-}
-
 size_t Arena::unmap(std::vector<Leaving>& leaving, const Seat& seat, std::exception_ptr* first) {
   size_t freed = 0;
   for (Leaving& one : leaving) {
@@ -109,7 +92,7 @@ size_t Arena::trim_seats(AccountId id, size_t bytes, size_t most, bool kept, std
 /// Idle extents go whole, so an ask may be exceeded; `min` is not.
 size_t Arena::trim_victim(AccountId id, size_t bytes) {
   const Holding& victim = ledger_.at(id);
-  const size_t most = victim.held > victim.limits.min ? victim.held - victim.limits.min : 0;
+  const size_t most = above(victim.held, victim.limits.min);
   return trim_seats(id, bytes, most, true, nullptr);
 }
 
@@ -204,8 +187,7 @@ size_t Arena::coming_from(const std::vector<Ask>& asks, AccountId demander, Sour
   size_t coming = 0;
   for (const auto& [id, account] : ledger_.accounts()) {
     const Idle idle = idle_of(id);
-    const bool counts = source == Source::kAnybody && idle.ready + idle.pending > idle.kept;
-    const size_t loose = counts ? idle.ready + idle.pending - idle.kept : 0;
+    const size_t loose = source == Source::kAnybody ? leaving(idle) : 0;
     size_t asked = id == demander ? idle.pending : 0;
     for (const Ask& ask : asks) asked += ask.victim == id ? ask.bytes : 0;
     coming += std::min(idle.pending, std::max(asked, loose));
@@ -296,7 +278,8 @@ void Arena::squeeze(Lock& lock, AccountId demander, std::string label, Deadline 
     const Rung rung = reclaimer->rung;
     size_t bytes = 0;
     for (const Ask& one : asks) bytes += one.victim == victim ? one.bytes : 0;
-    const size_t before = ledger_.at(victim).held, pending = idle_of(victim).pending;
+    const size_t before = ledger_.at(victim).held;
+    const Idle idle = idle_of(victim);
     const auto start = Clock::now();
     lock.unlock();
     reclaimer->fn(bytes, deadline);
@@ -306,10 +289,10 @@ void Arena::squeeze(Lock& lock, AccountId demander, std::string label, Deadline 
     if (ledger_.accounts().count(victim) == 0) continue;  // it closed its account: all of it came back
     trim_victim(victim, bytes);
     const size_t after = ledger_.at(victim).held;
-    const size_t given = before > after ? before - after : 0;
-    record(demander, label, victim, rung, bytes, given, start);
-    const size_t later = idle_of(victim).pending;
-    promised.note(victim, after, later, later > pending ? later - pending : 0);
+    const Idle now = idle_of(victim);
+    const size_t given = above(before, after);
+    record(demander, label, victim, rung, bytes, given + above(leaving(now), leaving(idle)), start);
+    promised.note(victim, after, now.pending, above(now.pending, idle.pending));
     // One that gave in full is asked again where a higher demand took what came.
     if (given < bytes) spent.push_back(number);
   }
@@ -317,10 +300,7 @@ void Arena::squeeze(Lock& lock, AccountId demander, std::string label, Deadline 
 
 /// Brings an account down to `target` bytes by its own means, from trim up to the rung `worst`.
 void Arena::trim_self(Lock& lock, AccountId id, size_t target, Rung worst, Deadline deadline) {
-  const auto over = [this, id, target]() -> size_t {
-    const size_t held = ledger_.at(id).held;
-    return held > target ? held - target : 0;
-  };
+  const auto over = [this, id, target]() -> size_t { return above(ledger_.at(id).held, target); };
   squeeze(
       lock, kNobody, "limit", deadline, worst, over,
       [id](size_t bytes, const Givable& givable) -> std::vector<Ask> {
@@ -337,7 +317,7 @@ Grant Arena::acquire(AccountId id, size_t bytes, Deadline deadline, Rung worst, 
   if (group == nullptr && tallies_.count(id) != 0 && tallies_.at(id).reserved >= bytes && bytes != 0)
     return grant_reserved(id, bytes);
   const Limits limits = ledger_.at(id).limits;
-  const auto below = [bytes](size_t limit) { return limit > bytes ? limit - bytes : 0; };
+  const auto below = [bytes](size_t limit) { return above(limit, bytes); };
   // What a member of a group may not have is the broker's to say: the others wait for its demand.
   const bool alone = group == nullptr || !upstream_;
   const char* const raise = upstream_ ? kRaiseMax : "";

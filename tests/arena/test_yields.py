@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -62,6 +63,27 @@ def test_records_and_counters_say_who_gave_what_to_whom(rung: Rung) -> None:
     assert arena.yields(since=records[-1].seq) == []
     assert arena.yields(since=records[0].seq) == records[1:]
     assert idle.resident == 0
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_was_let_go_of_behind_a_fence_is_on_record_once(rung: Rung, kept: bool) -> None:
+    arena = rung.arena(8 * MiB)
+    training, serving = arena.account("training", "training"), arena.account("serving", "serving")
+    cache = filled(training, 8 * MiB, keep=8 * MiB if kept else 0)
+    stream = rung.stream()
+    stream.submit()
+
+    def give(nbytes: int, timeout: float) -> None:
+        cache.shrink(nbytes, stream=stream.handle)
+        threading.Timer(0.02, stream.complete).start()
+
+    training.on_reclaim(give)
+    new = filled(serving, 4 * MiB)
+    given = {record.rung: record.given for record in arena.yields()}
+    # What is kept is taken from it once its fence has passed.
+    assert given == ({"evict": 0, "trim": 4 * MiB} if kept else {"evict": 4 * MiB})
+    accounts = {account.name: account for account in arena.snapshot().accounts}
+    assert accounts["training"].given == accounts["serving"].taken == new.mapped == 4 * MiB
 
 
 def test_reclaimers_are_asked_by_class_then_rung_then_who_is_most_above_its_share(rung: Rung) -> None:
