@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <map>
 
-#include "core/sizes.hpp"
 #include "ledger/ledger.hpp"
 
 namespace tem {

@@ -262,6 +262,7 @@ void Arena::squeeze(Lock& lock, AccountId demander, std::string label, Deadline 
     if (trim_others(missing, demander, label, plan)) continue;
 
     const bool patient = Clock::now() < patience;
+    // Left to ask, though perhaps for nothing now: some may have been let go of since the look above.
     const bool any = next_reclaimer(demander, asks, spent, worst) != nullptr;
     if (patient) asks = beyond(promised, asks);
     // Let go of before the lock is taken or given up: what a removed one owns may call back.
